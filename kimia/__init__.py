@@ -1,0 +1,1 @@
+"""kimia: the production service for Kimi-Audio. Importing this package imports nothing else."""

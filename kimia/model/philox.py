@@ -1,0 +1,61 @@
+"""A turn's randomness as a pure function of (seed, track, index), so that any process can draw it again.
+
+Philox 4x64 in counter mode: the key is (seed, track), the high counter word is the index (a step or a chunk), the
+low word runs over the draw. Only the generator's raw 64-bit words are used; the conversions are written out here
+because NumPy does not promise that its own distributions stay the same between versions.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from kimia.errors import ParameterError
+
+SEED_LIMIT = 1 << 63  # seeds travel as int64 in protobuf
+
+
+class Track(IntEnum):
+    """What a draw is for: second key word, so that the tracks are independent."""
+
+    TEXT = 0
+    AUDIO = 1
+    NOISE = 2
+
+
+def check_seed(seed: int) -> int:
+    """Return the seed unchanged, or raise ParameterError unless 0 <= seed < 2**63."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
+        raise ParameterError(f"seed must be an integer in 0..2**63-1, got {seed!r}")
+    return seed
+
+
+def _words(seed: int, track: Track, index: int, count: int) -> np.ndarray:
+    generator = np.random.Philox(
+        key=np.array([seed, track], dtype=np.uint64), counter=np.array([0, index, 0, 0], dtype=np.uint64)
+    )
+    return np.asarray(generator.random_raw(count))
+
+
+def _unit_interval(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)) * 2.0**-53  # the 53 bits of a float64 mantissa: [0, 1)
+
+
+def uniform(seed: int, track: Track, step: int) -> float:
+    """The uniform number in [0, 1) of a track at a step."""
+    return float(_unit_interval(_words(seed, track, step, 1))[0])
+
+
+def normal(seed: int, chunk: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 noise of one chunk (Box-Muller over float64).
+
+    A longer draw starts with the numbers of a shorter one.
+    """
+    count = int(np.prod(shape))
+    pairs = -(-count // 2)
+    units = _unit_interval(_words(seed, Track.NOISE, chunk, 2 * pairs)).reshape(pairs, 2)
+    radius = np.sqrt(-2.0 * np.log1p(-units[:, 0]))  # 1 - u lies in (0, 1], so the logarithm is finite
+    angle = 2.0 * np.pi * units[:, 1]
+    draws = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    return draws[:count].reshape(shape).astype(np.float32)
