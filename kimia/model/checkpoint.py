@@ -1,18 +1,22 @@
 """Reading released checkpoints: where the files lie, and strict loading of their tensors.
 
-A `Source` maps tensor names to `Stored` tensors that are read one at a time, so that loading never holds more than
-one tensor (at most one memory-mapped file) above the module's own size. Renaming, filtering and folding are plain
-functions from Source to Source; `load_strict` then demands that names and shapes match the module exactly.
+A `Source` maps tensor names to `Stored` tensors that are read one at a time from memory-mapped files, whose pages are
+let go as loading goes on, so that never more than one shard is held above the module's own size. Renaming, filtering
+and folding are plain functions from Source to Source; `load_strict` then demands that names and shapes match the
+module exactly.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +27,15 @@ from kimia.errors import CheckpointError, WeightsError
 VQ_TOKENIZER = "glm-4-voice-tokenizer"
 HUB_VQ_TOKENIZER = f"THUDM/{VQ_TOKENIZER}"
 
+SHARD_INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+MAPPED_BYTES = 256 << 20  # read from one mapping of a .pt file before its pages are let go
+
+INCOMPLETE = "the download is incomplete, fetch it again"
+
+FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors to torch names
+
 ROTARY_LEFTOVER = re.compile(r"\.rotary_emb\.inv_freq$")  # bf16-rounded buffer: loading it would corrupt RoPE
 
 
@@ -31,7 +44,7 @@ class Stored:
     """One tensor of a file, not yet read."""
 
     shape: tuple[int, ...]
-    dtype: str  # the file's own name for it
+    dtype: str  # torch's name for it
     read: Callable[[], Tensor]
 
 
@@ -99,7 +112,7 @@ def _download(hub_id: str) -> Path:
 
     try:
         return Path(snapshot_download(hub_id))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"{hub_id}: no such local folder, and the hub does not give it ({error})") from error
 
 
@@ -116,14 +129,17 @@ def safetensors_source(path: Path) -> Source:
 
         return read
 
+    def stored(name: str, part: Any) -> Stored:
+        dtype = part.get_dtype()
+        return Stored(tuple(part.get_shape()), FLOATING.get(dtype, dtype), reader(name))
+
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {
-                name: Stored(tuple(part.get_shape()), part.get_dtype(), reader(name)) for name, part in slices.items()
-            }
+            return {name: stored(name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; {INCOMPLETE}") from error
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); {INCOMPLETE}") from error
 
 
 def sharded_source(folder: Path) -> Source:
@@ -131,10 +147,13 @@ def sharded_source(folder: Path) -> Source:
 
     The released shards have irregular names (`model-1-of-35` ... `model-36-of-36`): the weight map alone counts.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / SHARD_INDEX
     if not index.exists():
-        return safetensors_source(folder / "model.safetensors")
+        return safetensors_source(folder / SINGLE_FILE)
     weight_map = _read_weight_map(index)
+    absent = sorted(shard for shard in set(weight_map.values()) if not (folder / shard).is_file())
+    if absent:
+        raise CheckpointError(f"{folder}: lacks {_listed(absent)}, which {SHARD_INDEX} names; {INCOMPLETE}")
     shards = {name: safetensors_source(folder / name) for name in sorted(set(weight_map.values()))}
     lacking = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if lacking:
@@ -159,23 +178,63 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 def torch_source(path: Path, key: str) -> Source:
     """The tensors under `key` of a `.pt` file, memory-mapped; only tensors are unpickled, never code."""
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: refused, it holds more than tensors (a pickle can run code)") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a torch file ({error})") from error
+    mapping = _Mapping(path, key)
+    return {
+        name: Stored(tuple(tensor.shape), _dtype_name(tensor), functools.partial(mapping.read, name))
+        for name, tensor in mapping.tensors.items()
+    }
+
+
+class _Mapping:
+    """One memory-mapped `.pt` file, mapped anew after every MAPPED_BYTES read, which frees the pages read so far."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self.tensors = _map_tensors(path, key)
+        self.bytes_read = 0
+
+    def read(self, name: str) -> Tensor:
+        if self.bytes_read >= MAPPED_BYTES:
+            self.tensors, self.bytes_read = _map_tensors(self.path, self.key), 0
+        tensor = self.tensors[name]
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def _map_tensors(path: Path, key: str) -> dict[str, Tensor]:
+    content = _load_mapped(path)
     tensors = content.get(key) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(item, Tensor) for item in tensors.values()):
         raise CheckpointError(f"{path}: has no tensors under the key {key!r}")
-    return {name: in_memory(tensor) for name, tensor in tensors.items()}
+    return tensors
+
+
+def _load_mapped(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; {INCOMPLETE}")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: refused, it is no torch archive: cut off (then fetch it again), or a bare pickle of before "
+            "torch 1.6, which can run code (then save it again with torch.save, where you trust it)"
+        )
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, it holds more than tensors, and a pickle can run code (none of it was run)"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).split(". ", 1)[0]  # torch goes on with advice for programmers
+        raise CheckpointError(f"{path}: cannot be read as a torch archive ({reason})") from error
 
 
 def in_memory(tensor: Tensor) -> Stored:
     """A Stored tensor that is already there."""
-    return Stored(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
+    return Stored(tuple(tensor.shape), _dtype_name(tensor), lambda: tensor)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 # ---- from Source to Source --------------------------------------------------------------------------------------
@@ -224,6 +283,7 @@ def load_strict(
 ) -> None:
     """Fill a module that was built on the meta device; parameters become `dtype` on `device`.
 
+    Tensors are copied, never views of the file: a module must not change, or fault, when its file does.
     Raises WeightsError that lists every missing, unknown and mis-shaped tensor; then nothing has been read.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -233,13 +293,14 @@ def load_strict(
             ("missing:", expected.keys() - source.keys()),
             ("unknown:", source.keys() - expected.keys()),
             ("wrong shape:", _misshaped(expected, source)),
+            ("no floating-point numbers:", _not_floating(source)),
         )
         if names
     ]
     if problems:
         raise WeightsError(f"{where}: the tensors do not fit the config; " + "; ".join(problems))
     for name in expected:
-        _assign(module, name, source[name].read().to(device=device, dtype=dtype))
+        _assign(module, name, source[name].read().to(device=device, dtype=dtype, copy=True))
     module.requires_grad_(False)
     module.eval()
 
@@ -250,6 +311,10 @@ def _misshaped(expected: dict[str, tuple[int, ...]], source: Source) -> set[str]
         for name, shape in expected.items()
         if name in source and source[name].shape != shape
     }
+
+
+def _not_floating(source: Source) -> set[str]:
+    return {f"{name} {item.dtype}" for name, item in source.items() if item.dtype not in FLOATING.values()}
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
