@@ -8,6 +8,7 @@ KimiaError
   ConversationError        a conversation breaks a rule; carries the index of the message
     ContextLengthError     the prompt does not fit the model's positions or the budget
   ParameterError           an option or sampling parameter lies outside its domain
+  NumericsError            a network produced NaN or infinity
   GoldenSetError           a golden set cannot be read
 
 Foreign exceptions are wrapped once, where they arise, with `raise ... from error`.
@@ -23,6 +24,7 @@ __all__ = [
     "ConversationError",
     "GoldenSetError",
     "KimiaError",
+    "NumericsError",
     "ParameterError",
     "WeightsError",
 ]
@@ -63,6 +65,10 @@ class ContextLengthError(ConversationError):
 
 class ParameterError(KimiaError):
     """An option or sampling parameter lies outside its domain."""
+
+
+class NumericsError(KimiaError):
+    """A network produced NaN or infinity: broken weights, or a dtype too narrow for them."""
 
 
 class GoldenSetError(KimiaError):
