@@ -29,10 +29,7 @@ from tqdm import tqdm
 from kimia.errors import ParameterError
 from kimia.model import layout
 from kimia.model.checkpoint import SHARD_INDEX, SINGLE_FILE, VQ_TOKENIZER, Checkpoint, Source, Stored
-from kimia.model.consistency import ModelConfigs, read_configs
-from kimia.model.layout import Layout, Shape
-from kimia.model.philox import check_seed
-from kimia.model.presets import (
+from kimia.model.checkpoint_presets import (
     LM_DTYPE,
     PRESETS,
     WHISPER_DTYPE,
@@ -41,6 +38,9 @@ from kimia.model.presets import (
     text_files,
     vocabulary,
 )
+from kimia.model.consistency import ModelConfigs, read_configs
+from kimia.model.layout import Layout, Shape
+from kimia.model.philox import check_seed
 from kimia.model.writing import Progress, stored_bytes, whole_folder, write_safetensors, write_torch
 
 # ---- what is written: files, names, shapes ----------------------------------------------------------------------
