@@ -188,8 +188,8 @@ def test_a_stream_holds_back_incomplete_characters(tiny):
 
 
 def test_special_ids_are_names_or_left_out(tiny):
-    ids = [*tiny.encode("he"), tiny.special.blank, *tiny.encode("llo")]
-    assert tiny.decode(ids) == "he<|im_kimia_text_blank|>llo"
+    ids = [*tiny.encode("he"), tiny.base, tiny.special.blank, *tiny.encode("llo")]
+    assert tiny.decode(ids) == "he[BOS]<|im_kimia_text_blank|>llo"
     assert tiny.decode(ids, skip_special=True) == "hello"
 
 
@@ -242,6 +242,17 @@ def test_the_released_order_counts_reserved_tokens(tmp_path):
     assert {i: tokenizer.decode([BASE + i]) for i in reserved} == {
         i: f"<|reserved_token_{k}|>" for i, k in reserved.items()
     }
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("stage", "folder"), [("llm", "checkpoint"), ("e2e", "model")])
+def test_the_released_order_is_that_of_released_maps(tmp_path, stage, folder):
+    path = golden(stage) / folder
+    (tmp_path / "tiktoken.model").write_bytes((path / "tiktoken.model").read_bytes())
+    tokenizer = TextTokenizer.load(tmp_path, LMConfig.read(path / "config.json"))
+    listed = json.loads((path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {token: tokenizer.decode([int(token)]) for token in listed} == {t: e["content"] for t, e in listed.items()}
+    assert tokenizer.special == released(stage, folder).special
 
 
 def without(name: str) -> dict[int, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from kimia.model.config import LMConfig
 from kimia.model.text import RELEASE_ORDER, TextTokenizer
 
-MERGES = [b" h", b"he", b"ll", b"hell", b"hello", b"12", b"'S", b" !", b"!\n", "你".encode(), b"\n\n", b"  ", b"Sx"]
+MERGES = [b" h", b"he", b"ll", b"hell", b"hello", b"12", b"Sx", b"'S", b" !", b"!\n", "你".encode(), b"\n\n", b"  "]
 TOKENS = [bytes([255 - value]) for value in range(256)] + MERGES  # id of a byte is not the byte
 BASE = len(TOKENS)
 SPECIALS = 50
