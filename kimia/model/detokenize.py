@@ -1,0 +1,289 @@
+"""The detokenizer: semantic tokens in, waveform out, push by push.
+
+`Detokenizer` holds the weights and is never modified; `Synthesis` is one turn. A push solves its tokens behind the
+look-ahead of the last one, commits all but its own look-ahead, and gives out what the seam lets go. The state is
+replaced as a whole at the end of a push, so a push that fails leaves it as it was and can be repeated.
+
+Shapes: T mel frames, M mel bins, S samples.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kimia.errors import ConfigError, ParameterError
+from kimia.model import philox
+from kimia.model.bigvgan import BigVGAN, load_vocoder, mel_spectrogram
+from kimia.model.checkpoint import Checkpoint
+from kimia.model.chunking import pushes
+from kimia.model.crossfade import Tail
+from kimia.model.dit import Chunk, DiT, Prefix, load_dit
+from kimia.model.flow import commit, solve, time_grid
+from kimia.model.presets import Preset
+
+UPSAMPLE = 4  # mel frames per token: 12.5 Hz repeated to 50 Hz; a constant of the release's code, in no config
+PROMPT_CHUNK = 150  # mel frames: 3 s, the longest chunk of training (chunk_params.max_chunk)
+PROMPT_CHUNKS = 10  # full chunks of a prompt; what exceeds them makes its first chunk longer
+
+Noise = Callable[[int, tuple[int, int]], Tensor]  # (chunk index, (T, M)) -> standard normal float32
+
+
+@dataclass(frozen=True, eq=False)
+class Detokenizer:
+    """Weights and configs of the flow model and the vocoder."""
+
+    dit: DiT
+    vocoder: BigVGAN
+    upsample: int = UPSAMPLE
+
+    def __post_init__(self) -> None:
+        if self.dit.config.mel_bins != self.vocoder.config.mel_bins:
+            raise ConfigError(
+                f"the flow model makes {self.dit.config.mel_bins} mel bins (input_size), "
+                f"the vocoder takes {self.vocoder.config.mel_bins} (num_mels)"
+            )
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, upsample: int = UPSAMPLE
+    ) -> Detokenizer:
+        """Load both parts of a checkpoint. `dtype` is the flow model's, which does nearly all the work.
+
+        The vocoder stays in float32: bfloat16 would leave the waveform 8 bits. Raises CheckpointError.
+        """
+        dit = load_dit(checkpoint.flow, device, dtype)
+        return cls(dit, load_vocoder(checkpoint.vocoder, device, torch.float32), upsample)
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the waveform, Hz."""
+        return self.vocoder.config.sample_rate
+
+    @property
+    def samples_per_token(self) -> int:
+        """Samples that each token becomes."""
+        return self.vocoder.config.hop * self.upsample
+
+    @property
+    def codes(self) -> int:
+        """Number of semantic tokens; legal ids lie below it."""
+        return self.dit.config.audio_codes
+
+    def stream(self, preset: Preset, seed: int, noise: Noise | None = None) -> Synthesis:
+        """Begin a turn. `noise` replaces the Philox noise of the seed. Raises ParameterError for an illegal seed."""
+        return Synthesis(self, preset, noise or _seeded_noise(philox.check_seed(seed)))
+
+    def synthesize(self, codes: Iterable[int], preset: Preset, seed: int, noise: Noise | None = None) -> Tensor:
+        """The waveform of a whole turn (S,), float32 on the CPU: bit for bit what streaming gives."""
+        synthesis = self.stream(preset, seed, noise)
+        return torch.cat([synthesis.push(push.tokens, push.final) for push in pushes(preset, codes)])
+
+
+def _seeded_noise(seed: int) -> Noise:
+    return lambda chunk, shape: torch.from_numpy(philox.normal(seed, chunk, shape))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one push did."""
+
+    mel: Tensor  # committed frames, de-normalised, (T, M) float32 on the CPU
+    start_position: int  # of the first frame solved
+    frames_in: int  # frames solved, look-ahead included
+    frames_committed: int
+    kv_frames_after: int  # prefix length for the next push
+    next_start_position: int
+    samples_out: int
+    held_samples: int
+    held_mel_frames: int
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What the network attends to, and where the next frame stands."""
+
+    prefix: Prefix
+    position: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """One turn between two pushes."""
+
+    heard: _Heard
+    prompt: _Heard  # what a position reset goes back to; shared safely, since a prefix is never modified
+    left: tuple[int, ...] = ()  # look-ahead tokens, to be solved again
+    tail: Tail | None = None
+    chunks: int = 0
+    finished: bool = False
+
+
+class Synthesis:
+    """One turn of speech. `report` tells what the last push did, None before the first."""
+
+    def __init__(self, detokenizer: Detokenizer, preset: Preset, noise: Noise) -> None:
+        self.detokenizer = detokenizer
+        self.preset = preset
+        self.report: Report | None = None
+        self._noise = noise
+        self._grid = time_grid(preset.ode_points, preset.solver)
+        silence = _Heard(detokenizer.dit.empty_prefix(), 0)
+        self._state = _State(heard=silence, prompt=silence)
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the next mel frame."""
+        return self._state.heard.position
+
+    @property
+    def kv_frames(self) -> int:
+        """Mel frames that the next push attends to besides its own."""
+        return self._state.heard.prefix.frames
+
+    # ---- tokens ----
+
+    @torch.inference_mode()
+    def push(self, tokens: Sequence[int], final: bool = False) -> Tensor:
+        """Synthesise further tokens: the samples that are settled now, (S,) float32 on the CPU, possibly none.
+
+        A final push may be empty and brings out everything held back. Raises ParameterError for an illegal id, a
+        non-final push that its look-ahead uses up, or a push after the final one; the state then stays as it was.
+        """
+        state = self._state
+        fresh = self._checked(tokens)
+        self._check_push(len(fresh), final)
+        ids = state.left + fresh
+        if not ids and state.tail is None:
+            self._state = replace(state, finished=True)
+            return torch.empty(0)
+        heard = self._with_positions(len(ids) * self.detokenizer.upsample)
+        kept = len(ids) if final else len(ids) - self.preset.look_ahead
+        mel, after = self._synthesise(ids, kept, heard, final)
+        pcm, tail = self.preset.seam.join(self._vocode, mel, state.tail, final)
+        pcm = pcm.cpu()
+        following = replace(state, heard=after, left=ids[kept:], tail=tail, chunks=state.chunks + 1, finished=final)
+        self.report = Report(
+            mel=mel.cpu(),
+            start_position=heard.position,
+            frames_in=len(ids) * self.detokenizer.upsample,
+            frames_committed=mel.shape[0],
+            kv_frames_after=after.prefix.frames,
+            next_start_position=after.position,
+            samples_out=pcm.shape[0],
+            held_samples=0 if tail is None else tail.wave.shape[0],
+            held_mel_frames=0 if tail is None else tail.mel.shape[0],
+        )
+        self._state = following
+        return pcm
+
+    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        codes = self.detokenizer.codes
+        try:
+            ids = tuple(operator.index(token) for token in tokens)
+        except TypeError as error:
+            raise ParameterError(f"semantic tokens must be integers ({error})") from error
+        for index, token in enumerate(ids):
+            if not 0 <= token < codes:
+                raise ParameterError(f"semantic token {index} is {token}, legal ids are 0..{codes - 1}")
+        return ids
+
+    def _check_push(self, count: int, final: bool) -> None:
+        if self._state.finished:
+            raise ParameterError("this turn had its final push; begin another with Detokenizer.stream")
+        look_ahead = self.preset.look_ahead
+        if not final and len(self._state.left) + count <= look_ahead:
+            least = look_ahead + 1 - len(self._state.left)
+            raise ParameterError(
+                f"a non-final push needs at least {least} tokens here (look-ahead {look_ahead}), got {count}; "
+                "wait for more, or push them as final"
+            )
+
+    def _with_positions(self, frames: int) -> _Heard:
+        """What is heard, or only the prompt where the model's position table would not reach."""
+        limit = self.detokenizer.dit.config.max_positions
+        for heard in (self._state.heard, self._state.prompt):
+            if heard.position + frames <= limit:
+                return heard
+        raise ParameterError(
+            f"{frames} mel frames behind a prompt of {self._state.prompt.position} exceed the flow model's "
+            f"{limit} positions; push fewer tokens at once"
+        )
+
+    def _synthesise(self, ids: tuple[int, ...], kept: int, heard: _Heard, final: bool) -> tuple[Tensor, _Heard]:
+        """Solve the ids, commit the first `kept`: their de-normalised mel (T, M), and what is heard from now on."""
+        dit, config = self.detokenizer.dit, self.detokenizer.dit.config
+        shape = (len(ids) * self.detokenizer.upsample, config.mel_bins)
+        frames = kept * self.detokenizer.upsample
+        chunk = self._chunk(ids, self.detokenizer.upsample, heard)
+        noise = self._noise(self._state.chunks, shape)
+        if tuple(noise.shape) != shape:
+            raise ParameterError(f"the noise of a chunk must have the shape {shape}, got {tuple(noise.shape)}")
+        x = solve(dit, noise.to(dit.device, torch.float32)[None], chunk, self._grid)[:, :frames]
+        mel = x[0] * config.mel_std + config.mel_mean
+        if final:
+            return mel, _Heard(dit.empty_prefix(), 0)
+        if self.preset.look_ahead:  # without look-ahead the release keeps what its last ODE step has left behind
+            commit(dit, x, chunk.head(kept))
+        after = self._advanced(heard, chunk, frames)
+        limit = self.preset.max_positions
+        exhausted = limit is not None and after.position + 2 * frames > limit
+        return mel, self._state.prompt if exhausted else after
+
+    def _chunk(self, ids: tuple[int, ...], repeat: int, heard: _Heard) -> Chunk:
+        return self.detokenizer.dit.chunk(torch.tensor([ids]), repeat, heard.position, heard.prefix)
+
+    def _advanced(self, heard: _Heard, chunk: Chunk, frames: int) -> _Heard:
+        stop = heard.prefix.frames + frames
+        window = chunk.cache.span(max(0, stop - self.preset.kv_window), stop)
+        return _Heard(window, heard.position + frames)
+
+    def _vocode(self, mel: Tensor) -> Tensor:
+        return self.detokenizer.vocoder(mel.T[None])[0]
+
+    # ---- timbre ----
+
+    @torch.inference_mode()
+    def prefill(self, wave: Tensor, tokens: Sequence[int], chunk: int = PROMPT_CHUNK) -> None:
+        """Let the turn begin behind a spoken prompt, whose voice it then takes on.
+
+        `wave` (S,) lies at the vocoder's rate; `tokens` are one per mel frame (repeat 12.5 Hz tokens `upsample`
+        times); the mel is cut or padded to them. The prompt enters in chunks of `chunk` frames and outlives position
+        resets. Raises ParameterError for illegal ids, an over-long prompt or a turn that has begun, AudioError for a
+        waveform under one frame.
+        """
+        ids = self._checked(tokens)
+        if self._state.chunks or self._state.finished:
+            raise ParameterError("a prompt must come before the first push")
+        if chunk < 1 or not 0 < len(ids) < self.detokenizer.dit.config.max_positions:
+            raise ParameterError(
+                f"a prompt needs 1..{self.detokenizer.dit.config.max_positions - 1} frame tokens "
+                f"and chunks of at least one frame, got {len(ids)} tokens and chunks of {chunk}"
+            )
+        mel = self._prompt_mel(wave, len(ids))
+        heard = _Heard(self.detokenizer.dit.empty_prefix(), 0)
+        for start, stop in _prompt_pieces(len(ids), chunk):
+            piece = self._chunk(ids[start:stop], 1, heard)
+            commit(self.detokenizer.dit, mel[None, start:stop], piece)
+            heard = self._advanced(heard, piece, stop - start)
+        self._state = replace(self._state, heard=heard, prompt=heard)
+
+    def _prompt_mel(self, wave: Tensor, frames: int) -> Tensor:
+        """Normalised mel of the prompt, cut or padded to (frames, M)."""
+        config = self.detokenizer.dit.config
+        mel = mel_spectrogram(wave.to(self.detokenizer.dit.device), self.detokenizer.vocoder.config)[:frames]
+        padded = F.pad(mel, (0, 0, 0, frames - mel.shape[0]), value=self.preset.prompt_padding)
+        return (padded - config.mel_mean) / config.mel_std
+
+
+def _prompt_pieces(frames: int, chunk: int) -> list[tuple[int, int]]:
+    """Bounds of a prompt's chunks: the odd one comes first, and is left out when empty."""
+    first = frames - min(frames // chunk, PROMPT_CHUNKS) * chunk
+    bounds = [0, *range(first, frames + 1, chunk)] if first else list(range(0, frames + 1, chunk))
+    return list(pairwise(bounds))
