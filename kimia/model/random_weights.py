@@ -133,12 +133,22 @@ def _fan_in(gain: float) -> Draw:
     return draw
 
 
+def _contrast(gain: float) -> Draw:
+    """As `_fan_in`, but every output's weights sum to nothing: it sees differences, not the level common to all."""
+
+    def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        weight = _fan_in(gain)(shape, torch.float32, generator)
+        return (weight - weight.mean(dim=tuple(range(1, len(shape))), keepdim=True)).to(dtype)
+
+    return draw
+
+
 def _positions(shape: Shape, dtype: torch.dtype, _: torch.Generator) -> Tensor:
     """Whisper's sinusoids: sines in the first half of the width, cosines in the second."""
     length, width = shape
     rates = torch.exp(-math.log(10000.0) / (width // 2 - 1) * torch.arange(width // 2))
     angles = torch.arange(length)[:, None] * rates  # (positions, width / 2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+    return (0.3 * torch.cat([angles.sin(), angles.cos()], dim=1)).to(dtype)
 
 
 def _lowpass(shape: Shape, dtype: torch.dtype, _: torch.Generator) -> Tensor:
@@ -166,7 +176,7 @@ def _head(gain: float, row_gains: Tensor) -> Draw:
 
 
 OTHER_TRACK_GAIN = 0.2  # of a head's rows for ids that the track should not say
-END_GAIN = 1.5  # of the rows that end a track: random answers last some ten steps
+END_GAIN = 1.6  # of the rows that end a track: random answers last some ten steps
 
 
 def _text_gains(preset: Preset, vocab_size: int) -> Tensor:
@@ -207,12 +217,14 @@ def _language_model_rules(preset: Preset, configs: ModelConfigs) -> Rules:
 ENCODER_RULES: Rules = [
     (r"embed_positions\.weight$", _positions),
     (r"embed_positions2\.weight$", _normal(0.0, 0.5)),
-    (r"codebook\.weight$", _normal(0.0, 1.6)),
+    (r"codebook\.weight$", _contrast(10.0)),
     (r"ema_count$", _normal(25.0, 5.0)),
     (r"ema_weight$", _normal(25.0, 50.0)),
     (r"layer_norm\.weight$", _normal(1.0, 0.1)),
     (r"bias$", _normal(0.0, 0.1)),
-    (r"conv\d\.weight$|[qk]_proj\.weight$", _fan_in(2.0)),
+    (r"conv\d\.weight$", _contrast(6.0)),
+    (r"[qk]_proj\.weight$", _fan_in(2.0)),
+    (r"out_proj\.weight$", _fan_in(0.5)),
     (r"weight$", _fan_in(1.0)),
 ]
 
@@ -230,7 +242,7 @@ VOCODER_RULES: Rules = [
     (r"weight_v$", _normal(0.0, 1.0)),
     (r"bias$", _normal(0.0, 0.02)),
     (r"conv_pre\.weight_g$", _normal(0.35, 0.07)),
-    (r"conv_post\.weight_g$", _normal(0.075, 0.0)),
+    (r"conv_post\.weight_g$", _normal(0.06, 0.0)),
     (r"convs2\.\d+\.weight_g$", _normal(0.5, 0.1)),
     (r"weight_g$", _normal(0.95, 0.2)),
 ]
