@@ -33,7 +33,7 @@ class Conversion:
 
     @property
     def saved_bytes(self) -> int:
-        """Disk that deleting the archive would save over keeping only it."""
+        """Disk that is saved once the archive is deleted."""
         return self.archive_bytes - self.target_bytes
 
 
