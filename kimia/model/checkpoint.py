@@ -250,6 +250,15 @@ def under_prefix(source: Source, prefix: str) -> Source:
     return {name.removeprefix(prefix): item for name, item in source.items() if name.startswith(prefix)}
 
 
+def without_prefix(source: Source, *prefixes: str) -> Source:
+    """All names, the first of the prefixes that occurs taken off where it stands; the rest is left for strictness."""
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in source)), "")
+    stripped = {name.removeprefix(prefix): item for name, item in source.items()}
+    if len(stripped) < len(source):
+        raise WeightsError(f"tensors occur both with and without the prefix {prefix!r}")
+    return stripped
+
+
 def fold_weight_norm(source: Source) -> Source:
     """Weight-normalised tensors (legacy `weight_g/_v` or `parametrizations.weight.original0/1`) as plain `weight`.
 

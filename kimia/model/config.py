@@ -188,11 +188,15 @@ class FeatureConfig:
     def read(cls, path: Path) -> FeatureConfig:
         """Read and check `preprocessor_config.json`."""
         fields = read_fields(path)
+        fields.choice("padding_value", (0.0,), default=0.0)
+        fields.choice("dither", (0.0,), default=0.0)
         rate = fields.integer("sampling_rate")
         segment = fields.integer("chunk_length") * rate
         hop = fields.integer("hop_length")
         exact_div(segment, hop, f"{path}: samples of a segment / hop_length")
-        return cls(fields.integer("feature_size"), hop, fields.integer("n_fft"), rate, segment)
+        n_fft = fields.integer("n_fft")
+        exact_div(n_fft, 2, f"{path}: n_fft / 2 (centred frames)")
+        return cls(fields.integer("feature_size"), hop, n_fft, rate, segment)
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,8 @@ class VQConfig:
             raise ConfigError(f"{source}: quantize_position {self.quantize_position} exceeds encoder_layers")
         if self.pooling_position > self.quantize_position:
             raise ConfigError(f"{source}: pooling_position lies after quantize_position")
+        if self.block_size is not None and self.block_size < self.pooling_kernel:
+            raise ConfigError(f"{source}: quantize_causal_block_size is smaller than pooling_kernel_size")
 
 
 @dataclass(frozen=True)
