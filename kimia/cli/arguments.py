@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kimia.errors import ConversationError, ParameterError
+
+if TYPE_CHECKING:
+    from kimia.pipeline import KimiAudio
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLING = {  # upstream's names, so that settings can be copied from its scripts
@@ -119,3 +124,27 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of KimiAudio.generate."""
     return {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "seed")}
+
+
+def load_model(args: argparse.Namespace, *, load_detokenizer: bool, text_only: bool) -> KimiAudio:
+    """Load the model that was named, saying on stderr what is being done and whether its weights are random."""
+    location = model_location(args)
+    print(f"loading {location} ...", end="", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    try:
+        import torch
+
+        from kimia.pipeline import KimiAudio
+
+        model = KimiAudio(
+            location,
+            load_detokenizer,
+            text_only=text_only,
+            vq_tokenizer=args.vq_tokenizer,
+            device=args.device,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+        )
+    finally:
+        print(file=sys.stderr)
+    print(f"[ready in {time.perf_counter() - started:.1f} s on {model.device}, {model.dtype}]", file=sys.stderr)
+    return model
