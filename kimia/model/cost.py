@@ -14,8 +14,7 @@ from math import prod
 from kimia.model import layout
 from kimia.model.config import EncoderConfig, FlowConfig, LMConfig, VocoderConfig, VQConfig
 from kimia.model.consistency import ENCODER_STRIDE, ModelConfigs
-
-CODEC_RATIO = 4  # mel frames of the detokenizer per semantic token, a constant of the release's code
+from kimia.model.detokenize import UPSAMPLE
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class FlowChunk:
     committed: int  # of them kept: they pass once more to enter the cache
     evaluations: int  # of the velocity field
     prefix: int  # frames in the cache
-    frames_per_modulation: int = CODEC_RATIO  # 1: computed for every repeated frame, as upstream does
+    frames_per_modulation: int = UPSAMPLE  # 1: computed for every repeated frame, as upstream does
 
 
 def flow_chunk(config: FlowConfig, chunk: FlowChunk, bytes_per_value: int) -> Cost:

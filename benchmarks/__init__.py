@@ -1,0 +1,1 @@
+"""Measurements of the model, each with the command that repeats it."""
