@@ -1,0 +1,20 @@
+"""Fixtures that many tests share."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kimia.model.random_weights import new_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny checkpoint with random weights; read only."""
+    return new_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "tiny", progress=False)
+
+
+@pytest.fixture
+def tiny_copy(tiny, tmp_path):
+    """The same, to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "tiny"))
