@@ -23,6 +23,7 @@ from kimia.errors import NumericsError, ParameterError
 
 GREEDY_TEMPERATURE = 1e-6  # up to this the best id is taken
 SMALLEST_PENALTY = 1e-6
+UNREASONABLE = 1e30  # numbers from here on count as infinite: float32 ends at 3e38
 TEXT_WINDOW = 16  # the release's default windows
 AUDIO_WINDOW = 64
 ARGUMENT_NAMES = {  # field of TrackSampling -> end of upstream's argument name
@@ -62,7 +63,7 @@ class TrackSampling:
 
 def _check(name: str, value: float, kinds: tuple[type, ...], minimum: float = -math.inf) -> None:
     number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < minimum:
+    if not number or not abs(value) < UNREASONABLE or value < minimum:
         kind = "a finite number" if float in kinds else "an integer"
         bound = "" if minimum == -math.inf else f" of at least {minimum}"
         raise ParameterError(f"{name} must be {kind}{bound}, got {value!r}")
