@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from kimia.model.random_weights import new_checkpoint
+
+torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")
