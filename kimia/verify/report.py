@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kimia.errors import KimiaError
+from kimia.errors import CheckpointError, GoldenSetError, KimiaError
 
 
 @dataclass
@@ -84,12 +84,19 @@ class Outcome:
 
 
 def run_case(case: Case) -> Outcome:
-    """Run a case. An error that kimia or torch raises inside it is a miss, not the end of the report."""
+    """Run a case. An error that kimia or torch raises inside it is a miss, not the end of the report.
+
+    Data that cannot be read do end it: raises GoldenSetError, or CheckpointError from loading.
+    """
     if case.run is None:
-        return Outcome("SKIP", case.stage, case.name, case.skip)
+        return Outcome("SKIP", case.stage, case.name, f"0<=0 {case.skip}")
     comparison = Comparison()
     try:
         case.run(comparison)
+    except (GoldenSetError, CheckpointError):
+        raise
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:  # a field is missing or of another type
+        raise GoldenSetError(f"{case.stage} {case.name}: the stored case is malformed ({error!r})") from error
     except (KimiaError, RuntimeError, IndexError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
         comparison.fail(f"{type(error).__name__}: {first_line}")

@@ -1,0 +1,53 @@
+"""`kimia verify`: prove an installation or a device against golden data."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from kimia.errors import KimiaError
+
+EXAMPLES = """\
+DIR is one golden set or a folder of several; a set is the folder of a stage (tokenizer, llm, detokenizer, e2e) with its
+tiny checkpoint and the numbers that the reference gave. Everything is computed in float32.
+
+  kimia verify tests/golden
+  kimia verify tests/golden/e2e --device cuda
+
+One line per case, the last line counts them:
+
+  PASS|FAIL|SKIP stage file.name error<=tolerance
+
+The exit code is 0 when all cases pass, 1 when one fails, 2 when there is no case or the data cannot be read.
+"""
+UNREADABLE = 2  # exit code
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a golden set, or a folder of several")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report and return the exit code."""
+    from kimia.pipeline import choose_device
+    from kimia.verify import verify
+
+    counts: Counter[str] = Counter()
+    try:
+        for outcome in verify(args.folder, choose_device(args.device)):
+            counts[outcome.status] += 1
+            print(outcome, flush=True)
+    except KimiaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNREADABLE
+    compared = counts["PASS"] + counts["FAIL"]
+    print(f"{counts['PASS']}/{compared} cases")
+    if not compared:
+        print(f"error: {args.folder}: holds no case that can be compared", file=sys.stderr)
+        return UNREADABLE
+    return 1 if counts["FAIL"] else 0

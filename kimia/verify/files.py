@@ -1,0 +1,91 @@
+"""Reading golden sets: JSON, tensors, arrays and sounds; what cannot be read is a GoldenSetError naming the file."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from kimia.errors import AudioError, GoldenSetError
+from kimia.model.audio import load_audio
+
+INT16_SCALE = 32767  # stored waveforms are round(32767 * wave)
+PCM_SCALE = 32768.0  # of recorded samples
+CORRECTED = ("correct", "fixed", "always_add")  # names of what stands beside an `upstream` variant
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GoldenSetError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise GoldenSetError(f"{path}: is not JSON ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU, as stored."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GoldenSetError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file, by name."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {str(name): file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise GoldenSetError(f"{path}: cannot be read as npz ({error})") from error
+
+
+def read_sound(path: Path, rate: int) -> np.ndarray:
+    """A sound file as the model hears it: mono float32 samples at `rate` Hz."""
+    try:
+        return load_audio(path, rate)
+    except AudioError as error:
+        raise GoldenSetError(str(error)) from error
+
+
+def join_pieces(folder: Path, pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """A waveform put together from int16 ranges of files: {file, start, stop, shift_right} or {zeros}."""
+    return np.concatenate([_piece(folder, piece) for piece in pieces]).astype(np.float32) / np.float32(PCM_SCALE)
+
+
+def _piece(folder: Path, piece: Mapping[str, Any]) -> np.ndarray:
+    if "zeros" in piece:
+        return np.zeros(piece["zeros"], np.int16)
+    path = folder / piece["file"]
+    try:
+        samples, _ = soundfile.read(str(path), dtype="int16")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise GoldenSetError(f"{path}: cannot be read ({error})") from error
+    if samples.ndim != 1:
+        raise GoldenSetError(f"{path}: pieces are cut from mono files, this one has {samples.shape[1]} channels")
+    cut = samples[piece.get("start", 0) : piece.get("stop")]
+    return np.asarray(cut >> piece.get("shift_right", 0))
+
+
+def full_scale(stored: torch.Tensor) -> torch.Tensor:
+    """A stored waveform in float32: integers are divided by their scale."""
+    return stored.float() if stored.is_floating_point() else stored.float() / INT16_SCALE
+
+
+def skip_reason(name: str, entry: Any, names: Collection[str]) -> str:
+    """Why an entry is not compared, empty if it is: it shows a defect that this library corrects on purpose."""
+    if isinstance(entry, Mapping) and entry.get("reproduces_upstream_defect"):
+        return "reproduces a defect of the release"
+    if "upstream" in name and any(name.replace("upstream", word) in names for word in CORRECTED):
+        return "the release's variant; the corrected one beside it is compared"
+    return ""
