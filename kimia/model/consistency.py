@@ -100,7 +100,7 @@ def _check_streams(configs: ModelConfigs, checkpoint: Checkpoint) -> None:
     _equal(
         f"{vq / 'config.json'}: samples per token (hop_length x stride x pooling_kernel_size)",
         configs.samples_per_token,
-        f"{whisper / 'config.json'}: samples per feature (hop_length x stride x kimia_adaptor_input_dim / d_model)",
+        f"{whisper / 'config.json'}: samples per feature (hop_length x stride x {lm}: adaptor_input_dim / d_model)",
         configs.whisper_features.hop * ENCODER_STRIDE * group,
     )
 

@@ -1,0 +1,111 @@
+"""Files are written tensor by tensor, readable by the official libraries, and whole or not at all."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from kimia.errors import CheckpointError
+from kimia.model.checkpoint import Stored, in_memory, safetensors_source, torch_source
+from kimia.model.writing import stored_bytes, whole_file, whole_folder, write_safetensors, write_torch
+
+pytestmark = pytest.mark.unit
+
+
+def tensors():
+    return {
+        "z.half": torch.randn(3, 5).half(),
+        "a.bf16": torch.randn(7).bfloat16(),
+        "m.single": torch.randn(2, 3, 4),
+        "scalar": torch.randn(()),
+        "empty": torch.empty(0, 4),
+        "strided": torch.randn(4, 6).T,
+    }
+
+
+def test_safetensors_round_trip(tmp_path):
+    written, counted = tensors(), []
+    source = {name: in_memory(tensor) for name, tensor in written.items()}
+    write_safetensors(tmp_path / "x.safetensors", source, {"format": "pt"}, counted.append)
+    read = load_file(tmp_path / "x.safetensors")
+    assert set(read) == set(written)
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in written.items())
+    assert sum(counted) == sum(tensor.nbytes for tensor in written.values())
+    ours = safetensors_source(tmp_path / "x.safetensors")
+    assert {name: item.dtype for name, item in ours.items()} == {name: item.dtype for name, item in source.items()}
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_metadata_is_written_or_absent(tmp_path, metadata):
+    write_safetensors(tmp_path / "x.safetensors", {"a": in_memory(torch.ones(1))}, metadata)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+
+
+def test_stored_dtype_decides(tmp_path):
+    source = {"a": Stored((2,), "bfloat16", lambda: torch.tensor([1.0, 1 / 3]))}
+    write_safetensors(tmp_path / "x.safetensors", source)
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.tensor([1.0, 1 / 3]).bfloat16())
+
+
+def test_torch_round_trip(tmp_path):
+    written = {"b": torch.randn(3, 4), "a": torch.randn(5), "scalar": torch.randn(())}
+    write_torch(tmp_path / "model.pt", "state_dict", {name: in_memory(tensor) for name, tensor in written.items()})
+    plain = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(plain[name], tensor) for name, tensor in written.items())
+    assert {name: item.shape for name, item in torch_source(tmp_path / "model.pt", "state_dict").items()} == {
+        name: tuple(tensor.shape) for name, tensor in written.items()
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]  # no scratch left
+
+
+def test_stored_bytes():
+    assert stored_bytes((3, 5), "bfloat16") == 30
+    assert stored_bytes((), "float32") == 4
+
+
+def interrupted(writing):
+    with writing as partial:
+        (partial / "half" if partial.is_dir() else partial).write_text("half")
+        raise RuntimeError
+
+
+def test_a_file_appears_only_when_complete(tmp_path):
+    path = tmp_path / "x"
+    with pytest.raises(RuntimeError):
+        interrupted(whole_file(path))
+    assert list(tmp_path.iterdir()) == []
+    with whole_file(path) as partial:
+        partial.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_only_when_complete(tmp_path):
+    folder = tmp_path / "deep" / "new"
+    with pytest.raises(RuntimeError):
+        interrupted(whole_folder(folder))
+    assert list(folder.parent.iterdir()) == []
+    with whole_folder(folder) as partial:
+        (partial / "all").touch()
+    assert [path.name for path in folder.iterdir()] == ["all"]
+    assert [path.name for path in folder.parent.iterdir()] == ["new"]
+
+
+def test_an_empty_folder_is_filled_a_full_one_refused(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    with whole_folder(folder) as partial:
+        (partial / "all").touch()
+    with pytest.raises(CheckpointError, match="exists and is not empty"), whole_folder(folder):
+        pass
+    with pytest.raises(CheckpointError, match="exists and is not empty"), whole_folder(folder / "all"):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["all"]
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be created"), whole_folder(tmp_path / "file" / "new"):
+        pass
