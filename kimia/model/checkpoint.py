@@ -272,16 +272,21 @@ def fold_weight_norm(source: Source) -> Source:
         for name in [name for name in source if name.endswith("." + magnitude)]:
             stem = name.removesuffix(magnitude)
             if stem + direction in folded:
-                folded[stem + "weight"] = _folded(folded.pop(name), folded.pop(stem + direction))
+                folded[stem + "weight"] = _folded(stem, folded.pop(name), folded.pop(stem + direction))
     return folded
 
 
-def _folded(magnitude: Stored, direction: Stored) -> Stored:
+def _folded(stem: str, magnitude: Stored, direction: Stored) -> Stored:
+    expected = direction.shape[:1] + (1,) * (len(direction.shape) - 1)
+    if magnitude.shape != expected:
+        raise WeightsError(f"{stem}: the weight norm's magnitude has the shape {magnitude.shape} instead of {expected}")
+
     def read() -> Tensor:
         g, v = magnitude.read().float(), direction.read().float()
         return v * (g / v.norm(dim=tuple(range(1, v.dim())), keepdim=True))
 
-    return Stored(direction.shape, "float32", read)
+    strange = [item.dtype for item in (magnitude, direction) if item.dtype not in FLOATING.values()]
+    return Stored(direction.shape, strange[0] if strange else "float32", read)
 
 
 # ---- into a module ----------------------------------------------------------------------------------------------

@@ -255,6 +255,12 @@ def test_weight_norm_is_folded_over_all_dimensions_but_the_first(names):
     torch.testing.assert_close(folded["conv.weight"].read(), expected)
 
 
+def test_a_magnitude_of_another_shape_is_refused():
+    source = {"conv.weight_g": in_memory(torch.ones(1)), "conv.weight_v": in_memory(torch.ones(3, 4))}
+    with pytest.raises(WeightsError, match=r"conv\.: .*\(1,\) instead of \(3, 1\)"):
+        fold_weight_norm(source)
+
+
 def test_half_a_weight_norm_is_left_for_strictness():
     source = {"conv.weight_g": in_memory(torch.ones(1))}
     assert set(fold_weight_norm(source)) == {"conv.weight_g"}
