@@ -219,6 +219,9 @@ class Synthesis:
     def _synthesise(self, ids: tuple[int, ...], kept: int, heard: _Heard, final: bool) -> tuple[Tensor, _Heard]:
         """Solve the ids, commit the first `kept`: their de-normalised mel (T, M), and what is heard from now on."""
         dit, config = self.detokenizer.dit, self.detokenizer.dit.config
+        silence = _Heard(dit.empty_prefix(), 0)
+        if not ids:  # a final push that only brings out what the seam holds
+            return torch.empty(0, config.mel_bins, device=dit.device), silence
         shape = (len(ids) * self.detokenizer.upsample, config.mel_bins)
         frames = kept * self.detokenizer.upsample
         chunk = self._chunk(ids, self.detokenizer.upsample, heard)
@@ -228,7 +231,7 @@ class Synthesis:
         x = solve(dit, noise.to(dit.device, torch.float32)[None], chunk, self._grid)[:, :frames]
         mel = x[0] * config.mel_std + config.mel_mean
         if final:
-            return mel, _Heard(dit.empty_prefix(), 0)
+            return mel, silence
         if self.preset.look_ahead:  # without look-ahead the release keeps what its last ODE step has left behind
             commit(dit, x, chunk.head(kept))
         after = self._advanced(heard, chunk, frames)

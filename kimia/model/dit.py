@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kimia.model.attention import Visible, attention
 from kimia.model.checkpoint import Source, load_strict, safetensors_source, torch_source
 from kimia.model.config import FlowConfig
 from kimia.model.layout import FLOW_PREFIX, TIME_FEATURES
@@ -67,6 +69,17 @@ class Chunk:
     rotation: Rotation | None
     position: Tensor | None  # (T, D) position embedding, where the model has one
     cache: Prefix  # the prefix, then T rows that each forward pass overwrites
+
+    @cached_property
+    def visible(self) -> Visible:
+        """Every frame sees the whole prefix and the whole chunk."""
+        batch, tokens = self.tokens.shape[:2]
+        return Visible(
+            lengths=(self.cache.frames,) * batch,
+            queries=tokens * self.repeat,
+            causal=False,
+            device=self.tokens.device,
+        )
 
     def head(self, count: int) -> Chunk:
         """Its first `count` tokens; the cache is shared."""
@@ -159,15 +172,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D); writes the chunk's rows at the end of keys and values (B, H, P + T, d)."""
         frames = x.shape[1]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        if chunk.rotation is not None:
+            q, k = rotate(q, chunk.rotation), rotate(k, chunk.rotation)
         keys[:, :, -frames:] = k
         values[:, :, -frames:] = v
-        heard = F.scaled_dot_product_attention(q, keys, values)
+        heard = attention(q, keys, values, chunk.visible)
         return self.proj(heard.transpose(1, 2).flatten(2))
 
 
@@ -201,7 +214,7 @@ class Block(nn.Module):
         """h (B, n, r, D), condition (B, n, 1, D) -> (B, n, r, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         frames = _modulated(h, shift1, scale1).flatten(1, 2)  # (B, T, D)
-        h = h + gate1 * self.attn(frames, chunk.rotation, keys, values).view_as(h)
+        h = h + gate1 * self.attn(frames, chunk, keys, values).view_as(h)
         return h + gate2 * self.mlp(_modulated(h, shift2, scale2))
 
 
