@@ -157,7 +157,7 @@ class TurnTracks:
         return text_id, audio_id
 
     def _stop(self, audio_id: int) -> StopReason | None:
-        if self.speaks and audio_id in self.tokens.audio_ends:
+        if audio_id in self.tokens.audio_ends:
             return "audio_eod"
         if not self.speaks and self.text_ended:
             return "text_eos"

@@ -12,7 +12,7 @@ from kimia.errors import ParameterError
 from kimia.model.audio import load_audio
 from kimia.model.config import EncoderConfig, exact_div
 from kimia.model.generate import GenerateOptions, TrackTokens, TurnTracks, collect, generate
-from kimia.model.lm import DualTrackLM, Row, load_lm
+from kimia.model.lm import DualTrackLM, Row, load_lm, stack
 from kimia.model.philox import Track, uniform
 from kimia.model.sampler import Sampling
 from kimia.model.text import TextTokenizer
@@ -60,17 +60,36 @@ def golden_model() -> tuple[DualTrackLM, TrackTokens]:
     return lm, track_tokens(folder, lm)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
-@pytest.mark.parametrize("name", RUNS)
-def test_golden_run(name, plain, golden_model):
-    run, (lm, tokens) = RUNS[name], golden_model
+def golden_prompt(run) -> Row:
     features = load_file(golden("llm") / "goldens/audio_features.safetensors")
-    prompt = Row(
+    return Row(
         run["prompt_audio_ids"],
         run["prompt_text_ids"],
         runs(run["is_continuous_mask"]),
         [features[f"features.{clip}"] for clip in run["continuous_feature_order"]],
     )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_golden_logits_of_every_step(name, golden_model):
+    logits = load_file(golden("llm") / "goldens/decode_logits.safetensors")
+    if f"{name}.text_logits" not in logits:
+        pytest.skip("the reference stored no logits of this run")
+    run, (lm, _) = RUNS[name], golden_model
+    past, feed = lm.new_cache(rows=1), golden_prompt(run)
+    for index, (text_id, audio_id) in enumerate(zip(run["text_stream"], run["audio_stream"], strict=True)):
+        step = lm(stack([feed], lm.device), past)
+        for track in ("text", "audio"):
+            wanted = logits[f"{name}.{track}_logits"][index]
+            torch.testing.assert_close(getattr(step, f"{track}_logits")[0, -1], wanted, atol=5e-5, rtol=0)
+        feed = Row((audio_id,), (text_id,))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
+@pytest.mark.parametrize("name", RUNS)
+def test_golden_run(name, plain, golden_model):
+    run, (lm, tokens) = RUNS[name], golden_model
+    prompt = golden_prompt(run)
     sampling = Sampling.from_arguments(run["sampling"])
     options = GenerateOptions(run["output_type"], run["max_new_tokens"], sampling, plain=plain)
     steps = list(generate(lm, prompt, tokens, options))

@@ -81,6 +81,7 @@ ROWS = {
     "one segment": random_row(9, seed=2, segments=((3, 4),)),
     "two segments": random_row(14, seed=3, segments=((1, 3), (7, 5))),
     "segment of one code": random_row(5, seed=4, segments=((2, 1),)),
+    "text ids all 0": dataclasses.replace(random_row(3, seed=8), text_ids=(0, 0, 0)),
 }
 
 
