@@ -228,11 +228,6 @@ def _load_mapped(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read as a torch archive ({reason})") from error
 
 
-def in_memory(tensor: Tensor) -> Stored:
-    """A Stored tensor that is already there."""
-    return Stored(tuple(tensor.shape), _dtype_name(tensor), lambda: tensor)
-
-
 def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -243,11 +238,6 @@ def _dtype_name(tensor: Tensor) -> str:
 def without(source: Source, *patterns: str) -> Source:
     """The source less the names that a regular expression finds: the named list of what is ignored on purpose."""
     return {name: item for name, item in source.items() if not any(re.search(pattern, name) for pattern in patterns)}
-
-
-def under_prefix(source: Source, prefix: str) -> Source:
-    """Only the names under a prefix, with the prefix taken off."""
-    return {name.removeprefix(prefix): item for name, item in source.items() if name.startswith(prefix)}
 
 
 def without_prefix(source: Source, *prefixes: str) -> Source:

@@ -28,11 +28,6 @@ class ModelConfigs:
     vocoder: VocoderConfig | None
 
     @property
-    def feature_group(self) -> int:
-        """Encoder frames joined into one continuous feature."""
-        return self.lm.adaptor_input_dim // self.whisper.d_model
-
-    @property
     def samples_per_token(self) -> int:
         """Input samples of one semantic token."""
         return self.vq_features.hop * ENCODER_STRIDE * self.vq.pooling_kernel

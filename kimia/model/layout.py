@@ -19,9 +19,6 @@ SNAKE_TAPS = 12  # taps of the filters around every snake activation, a constant
 RESAMPLER_TAPS = 16  # of `resampler.kernel`, which the flow file carries and nobody reads
 FLOW_PREFIX = "speech_model."
 
-EMA_BUFFERS = (r"^ema_count$", r"^ema_weight$")  # training state of the codebook
-UNUSED_POSITIONS = r"^embed_positions2\.weight$"  # added to the code vectors, which the language model never sees
-
 
 def parameters(layout: Layout) -> int:
     """Number of values in a layout."""

@@ -16,17 +16,16 @@ from kimia.errors import CheckpointError, WeightsError
 from kimia.model import checkpoint
 from kimia.model.checkpoint import (
     fold_weight_norm,
-    in_memory,
     load_strict,
     open_checkpoint,
     resolve,
     safetensors_source,
     sharded_source,
     torch_source,
-    under_prefix,
     without,
     without_prefix,
 )
+from tests.model.in_memory import in_memory
 
 pytestmark = pytest.mark.unit
 
@@ -233,7 +232,6 @@ def test_remapped_archive_reads_the_same(tmp_path, monkeypatch):
 
 def test_prefixes_and_filters():
     source = source_of(model__encoder__a=torch.ones(1), model__decoder__b=torch.ones(2))
-    assert list(under_prefix(source, "model.encoder.")) == ["a"]
     assert list(without(source, r"\.decoder\.")) == ["model.encoder.a"]
     assert list(without_prefix(without(source, "decoder"), "model.encoder.", "encoder.")) == ["a"]
 

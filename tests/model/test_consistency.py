@@ -21,7 +21,6 @@ def change(path, **fields):
 
 def test_a_consistent_checkpoint(tiny):
     configs = read_configs(open_checkpoint(tiny))
-    assert configs.feature_group == 4
     assert configs.samples_per_token == 1280
     assert configs.flow.audio_codes == configs.vq.codebook_size == configs.lm.audio_codes
 

@@ -8,8 +8,8 @@ from kimia.model.checkpoint import (
     open_checkpoint,
     sharded_source,
     torch_source,
-    under_prefix,
     without,
+    without_prefix,
 )
 from kimia.model.checkpoint_presets import PRESETS
 from kimia.model.consistency import read_configs
@@ -28,12 +28,12 @@ def test_golden_checkpoint_has_exactly_these_tensors():
     configs = read_configs(checkpoint)
     lm = without(sharded_source(checkpoint.root), ROTARY_LEFTOVER.pattern)
     assert shapes(lm) == layout.language_model(configs.lm)
-    whisper = under_prefix(sharded_source(checkpoint.whisper), "model.encoder.")
-    assert shapes(whisper) == layout.whisper_encoder(configs.whisper)
+    whisper = without(sharded_source(checkpoint.whisper), r"^model\.decoder\.")
+    assert shapes(without_prefix(whisper, "model.encoder.")) == layout.whisper_encoder(configs.whisper)
     vq = layout.vq_tokenizer(configs.vq) | layout.codebook_training_state(configs.vq)
     assert shapes(sharded_source(checkpoint.vq_tokenizer)) == vq
-    flow = under_prefix(torch_source(checkpoint.flow / "model.pt", "state_dict"), layout.FLOW_PREFIX)
-    assert shapes(flow) == layout.flow(configs.flow)
+    flow = without(torch_source(checkpoint.flow / "model.pt", "state_dict"), r"^resampler\.")
+    assert shapes(without_prefix(flow, layout.FLOW_PREFIX)) == layout.flow(configs.flow)
     vocoder = torch_source(checkpoint.vocoder / "model.pt", "generator")
     assert shapes(vocoder) == layout.weight_normed(layout.vocoder(configs.vocoder))
 

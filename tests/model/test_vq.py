@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from kimia.errors import AudioError, ConfigError, WeightsError
 from kimia.model import vq
-from kimia.model.checkpoint import in_memory, load_strict
+from kimia.model.checkpoint import load_strict
 from kimia.model.config import VQConfig
 from kimia.model.vq import VQTokenizer, load_vq, pool, visible
 from tests.model import recordings
+from tests.model.in_memory import in_memory
 from tests.model.plain_encoder import (
     ENCODER,
     FEATURES,

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 
 from kimia.errors import AudioError, CheckpointError, ConfigError, WeightsError
 from kimia.model import whisper
-from kimia.model.checkpoint import in_memory, load_strict
+from kimia.model.checkpoint import load_strict
 from kimia.model.whisper import WhisperFeatures, load_whisper
 from tests.golden_data import golden
 from tests.model import recordings
+from tests.model.in_memory import in_memory
 from tests.model.plain_encoder import (
     ENCODER,
     FEATURES,

@@ -6,8 +6,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kimia.errors import CheckpointError
-from kimia.model.checkpoint import Stored, in_memory, safetensors_source, torch_source
+from kimia.model.checkpoint import Stored, safetensors_source, torch_source
 from kimia.model.writing import stored_bytes, whole_file, whole_folder, write_safetensors, write_torch
+from tests.model.in_memory import in_memory
 
 pytestmark = pytest.mark.unit
 
