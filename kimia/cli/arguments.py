@@ -147,4 +147,6 @@ def load_model(args: argparse.Namespace, *, load_detokenizer: bool, text_only: b
     finally:
         print(file=sys.stderr)
     print(f"[ready in {time.perf_counter() - started:.1f} s on {model.device}, {model.dtype}]", file=sys.stderr)
+    if model.config.random_weights:
+        print("[random weights: the text is gibberish and the sound is noise]", file=sys.stderr)
     return model

@@ -154,6 +154,7 @@ def _lm_config(preset: Preset) -> dict[str, Any]:
         "rope_theta": 1000000.0,
         "tie_word_embeddings": False,
         "torch_dtype": LM_DTYPE,
+        "kimia_random_weights": True,  # the one field that the release does not have
         "transformers_version": "4.44.1",
         "use_cache": True,
         "use_whisper_feature": True,

@@ -123,6 +123,7 @@ class LMConfig:
     media_begin: int
     media_end: int
     pad_token: int
+    random_weights: bool = False  # says that the folder was made by `kimia checkpoint new`, not trained
 
     @property
     def head_dim(self) -> int:
@@ -160,6 +161,7 @@ class LMConfig:
             media_begin=fields.integer("kimia_media_begin", minimum=0),
             media_end=fields.integer("kimia_media_end", minimum=0),
             pad_token=fields.integer("pad_token_id", minimum=0),
+            random_weights=fields.flag("kimia_random_weights", default=False),
         )
         config._check(str(path))
         return config
