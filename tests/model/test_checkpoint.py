@@ -114,6 +114,13 @@ def test_tensor_that_the_index_does_not_name(tmp_path):
         sharded_source(tmp_path)
 
 
+def test_tensor_that_two_shards_hold(tmp_path):
+    write_shards(tmp_path, {"one.safetensors": {"a": torch.ones(2)}, "two.safetensors": {"b": torch.ones(2)}})
+    save_file({"a": torch.zeros(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
+    with pytest.raises(WeightsError, match="does not name: a"):
+        sharded_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../x"}}']
 )

@@ -1,5 +1,7 @@
 """Files are written tensor by tensor, readable by the official libraries, and whole or not at all."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -34,6 +36,17 @@ def test_safetensors_round_trip(tmp_path):
     assert sum(counted) == sum(tensor.nbytes for tensor in written.values())
     ours = safetensors_source(tmp_path / "x.safetensors")
     assert {name: item.dtype for name, item in ours.items()} == {name: item.dtype for name, item in source.items()}
+
+
+def test_values_are_aligned_to_their_size(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": in_memory(torch.ones(3).half()), "b": in_memory(torch.ones(3))})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert header["a"]["data_offsets"][0] % 2 == 0
+    assert header["b"]["data_offsets"][0] % 4 == 0
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
