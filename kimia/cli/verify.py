@@ -34,9 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report and return the exit code."""
+    import torch
+
     from kimia.pipeline import choose_device
     from kimia.verify import verify
 
+    torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
     counts: Counter[str] = Counter()
     try:
         for outcome in verify(args.folder, choose_device(args.device)):

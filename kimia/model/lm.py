@@ -221,7 +221,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: LMConfig, *, text_only: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token)
         self.vq_adaptor = VQAdaptor(config)
         self.layers = nn.ModuleList([DecoderLayer(config, slot) for slot in range(config.layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -304,3 +304,12 @@ def test_unknown_tensors_are_refused(folder, text_only):
     save_file(tensors | {"model.mimo.stray": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(WeightsError, match=r"unknown: model\.mimo\.stray"):
         load_lm(folder, device="cpu", dtype=torch.float32, text_only=text_only)
+
+
+def test_the_pad_row_is_never_trained():
+    lm = random_lm().requires_grad_(True)
+    row = Row(audio_ids=(1, CONFIG.pad_token, 2), text_ids=(CONFIG.pad_token, 3, 4))
+    lm(stack([row], lm.device)).text_logits.square().sum().backward()
+    gradient = lm.model.embed_tokens.weight.grad
+    assert not gradient[CONFIG.pad_token].any()
+    assert all(gradient[token].any() for token in (1, 2, 3, 4))
