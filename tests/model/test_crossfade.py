@@ -90,8 +90,10 @@ def test_release_gives_a_single_chunk_whole():
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=7), hold=st.integers(1, 20), context=st.integers(0, 30))
 def test_overlap_loses_nothing_and_changes_nothing(sizes, hold, context):
-    waves, _ = run(OverlapSeam(hold, context), sizes)
+    waves, tails = run(OverlapSeam(hold, context), sizes)
     torch.testing.assert_close(torch.cat(waves), stairs(ramp(sum(sizes))), rtol=1e-5, atol=0)
+    for size, tail in zip(sizes, tails[:-1], strict=False):  # blended samples are given out, never blended again
+        assert tail.wave.shape[0] == min(hold, size) * HOP
 
 
 def test_overlap_has_gain_one_on_a_constant():

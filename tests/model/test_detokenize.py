@@ -199,6 +199,15 @@ def test_low_latency_loses_nothing_whatever_the_plan(count, commits, upsample):
     assert detokenizer.synthesize(codes(count), preset, 1).shape == (count * VOCODER.hop * upsample,)
 
 
+def test_a_turn_ends_with_its_final_push(small):
+    synthesis = small.stream(QUICK, seed=1)
+    synthesis.push(codes(10))
+    synthesis.push(codes(3), final=True)
+    for tokens, final in ((codes(10), False), (codes(3), True), ([], True)):
+        with pytest.raises(ParameterError, match="final push"):
+            synthesis.push(tokens, final)
+
+
 def test_no_codes_are_no_audio(small):
     for preset in (QUICK, QUICK_UPSTREAM):
         wave = small.synthesize([], preset, seed=1)
@@ -264,13 +273,13 @@ def test_illegal_seeds_are_refused(seed, small):
 
 def test_upstream_forgets_by_the_release_rule(small):
     """After a chunk at which start + 2 x committed passes the limit; what is held back survives."""
-    preset = replace(QUICK_UPSTREAM, max_positions=300)
+    preset = replace(QUICK_UPSTREAM, max_positions=216)
     synthesis, after = small.stream(preset, seed=1), []
     waves = []
     for push in pushes(preset, codes(130)):
         waves.append(synthesis.push(push.tokens, push.final))
         after.append((synthesis.report.next_start_position, synthesis.report.kv_frames_after))
-    # 72 + 144 <= 300; 192 + 240 > 300; 120 + 240 > 300: from here on after every chunk
+    # 72 + 144 reaches 216 and does not pass it; 192 + 240 and then 120 + 240 do
     assert after == [(72, 72), (0, 0), (0, 0), (0, 0), (0, 0)]
     assert torch.cat(waves).shape[0] == 130 * small.samples_per_token
 
