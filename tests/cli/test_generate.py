@@ -1,0 +1,95 @@
+"""`kimia generate`: what goes to stdout, to files, and what is refused before the model is loaded."""
+
+import json
+
+import pytest
+import soundfile
+
+from kimia.cli import main
+from tests.golden_data import COMMITTED
+
+pytestmark = pytest.mark.parity
+
+AUDIO = COMMITTED / "e2e" / "audio"
+QUESTION = str(AUDIO / "clip_b2.wav")
+SHORT = ["--max-new-tokens", "24", "--seed", "5", "--audio-temperature", "0.8", "--text-temperature", "0.7"]
+
+
+def run(tiny, *arguments) -> int:
+    return main(["generate", "--model", str(tiny), *map(str, arguments)])
+
+
+def test_answers_in_text_and_speech(tiny, tmp_path, capsys) -> None:
+    assert run(tiny, "--audio", QUESTION, "--out", tmp_path / "answer.wav", *SHORT) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert "random weights" in captured.err
+    assert "24 steps out" in captured.err
+    assert "seed 5" in captured.err
+    samples, rate = soundfile.read(tmp_path / "answer.wav")
+    assert rate == 24000
+    assert len(samples) % 1920 == 0
+    assert abs(samples).max() > 0.01
+
+
+def test_json_holds_the_answer_and_a_message_for_the_next_turn(tiny, tmp_path, capsys) -> None:
+    assert run(tiny, "--audio", QUESTION, "--json", *SHORT) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["steps"] == 24
+    assert answer["audio_seconds"] == len(answer["message"]["audio_tokens"]) * 0.08
+    chat = [
+        {"role": "user", "message_type": "audio", "content": "question.wav"},
+        answer["message"],
+        {"role": "user", "message_type": "text", "content": "And then?"},
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    (tmp_path / "question.wav").write_bytes((AUDIO / "clip_b2.wav").read_bytes())
+    assert run(tiny, tmp_path / "chat.json", "--output", "text", "--max-new-tokens", "5") == 0
+
+
+def test_messages_keep_the_order_of_the_command_line(tiny, capsys) -> None:
+    answers = []
+    for arguments in (("--text", "Compare", "--audio", QUESTION), ("--audio", QUESTION, "--text", "Compare")):
+        assert run(tiny, *arguments, "--json", "--output", "text", "--max-new-tokens", "12") == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["prompt_positions"] == answers[1]["prompt_positions"] + 1  # only a last clip says what is wanted
+
+
+def test_text_output_prints_the_same_as_json_holds(tiny, capsys) -> None:
+    arguments = ["--text", "Hello", "--output", "text", "--max-new-tokens", "12"]
+    assert run(tiny, *arguments) == 0
+    plain = capsys.readouterr().out
+    assert run(tiny, *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] + "\n" == plain
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png"])
+def test_draws_the_answer(tiny, tmp_path, ending) -> None:
+    picture = tmp_path / f"answer{ending}"
+    assert run(tiny, "--audio", QUESTION, "--plot", picture, *SHORT) == 0
+    assert picture.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "nothing to answer"),
+        (("chat.json", "--text", "x"), "not both"),
+        (("--text", "x", "--out", "nowhere/answer.wav"), "does not exist"),
+        (("--text", "x", "--out", "answer.mp3"), ".wav"),
+        (("--text", "x", "--plot", "answer.pdf"), ".svg or .png"),
+        (("--text", "x", "--output", "text", "--out", "answer.wav"), "--output text"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(arguments, complaint, capsys) -> None:
+    assert run("no-such-model", *arguments) == 1
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert "loading" not in captured.err
+
+
+def test_without_a_model_it_says_how_to_name_one(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("KIMIA_MODEL", raising=False)
+    assert main(["generate", "--text", "x"]) == 1
+    assert "--model or KIMIA_MODEL" in capsys.readouterr().err
