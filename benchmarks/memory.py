@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kimia.model.prompt import TOKEN_RATE
 from kimia.model.random_weights import new_checkpoint
 from kimia.pipeline import KimiAudio
 
-STEPS_PER_SECOND = 12.5
 MARKS = (1, 10, 50, 100, 200, 500, 1000)
 QUESTION = [{"role": "user", "message_type": "text", "content": "Please tell me a long story about the sea."}]
 
@@ -62,7 +62,7 @@ def loading(folder: Path) -> tuple[KimiAudio, dict[str, float]]:
 
 def turns(model: KimiAudio, count: int, seconds: float) -> dict[str, Any]:
     """Resident memory after the marked turns, each a spoken answer of `seconds`."""
-    steps = int(seconds * STEPS_PER_SECOND) + model.config.audio_delay
+    steps = int(seconds * TOKEN_RATE) + model.config.audio_delay
     resident: dict[str, float] = {}
     peaks: dict[str, float] = {}
     audio_seconds = 0.0

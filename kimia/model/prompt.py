@@ -84,11 +84,6 @@ class Prompt:
         """Per position: does it take a continuous feature?"""
         return tuple(span.part == "codes" for span in self.spans for _ in range(span.length))
 
-    @property
-    def owners(self) -> tuple[int | None, ...]:
-        """Per position: the message it belongs to, None for the start of the answer."""
-        return tuple(span.message for span in self.spans for _ in range(span.length))
-
 
 def build_prompt(
     messages: Sequence[Message],

@@ -23,6 +23,11 @@ OFFSET = CONFIG.token_offset
 WIDTH = CONFIG.adaptor_input_dim
 
 
+def owners(prompt: Prompt) -> tuple[int | None, ...]:
+    """Per position: the message it belongs to, None for the start of the answer."""
+    return tuple(span.message for span in prompt.spans for _ in range(span.length))
+
+
 @dataclass(frozen=True)
 class Clip:
     """What the encoders would give."""
@@ -258,7 +263,7 @@ def test_spans_say_what_each_position_is(tiny):
         Span("turn end", "user", 2, 13, 1),
         Span("role start", "assistant", None, 14, 1),
     )
-    assert prompt.owners == (0,) * 7 + (1,) * 5 + (2,) * 2 + (None,)
+    assert owners(prompt) == (0,) * 7 + (1,) * 5 + (2,) * 2 + (None,)
     assert prompt.segments == ((2, 2),)
     assert len(prompt) == 15
 
@@ -332,7 +337,7 @@ def test_invariants(tiny, conversation):
     messages, codes = conversation
     encoded = {index: clip(*values, surplus=1) for index, values in codes.items()}
     prompt = build_prompt(messages, encoded, "both", CONFIG, tiny)
-    assert len(prompt.audio_ids) == len(prompt.text_ids) == len(prompt.owners) == len(prompt)
+    assert len(prompt.audio_ids) == len(prompt.text_ids) == len(owners(prompt)) == len(prompt)
     ends = [span.begin + span.length for span in prompt.spans]
     assert [span.begin for span in prompt.spans] == [0, *ends[:-1]]
     assert ends[-1] == len(prompt)
