@@ -29,7 +29,7 @@ from kimia.model.sampler import Sampling
 from kimia.model.text import TextTokenizer
 from kimia.pipeline import encode_clips, load_clips, prompt_row, track_tokens
 from kimia.verify.answers import Speaker, compare_answer, injected
-from kimia.verify.files import full_scale, read_json, read_sound, read_tensors, skip_reason
+from kimia.verify.files import compare_wave, read_json, read_sound, read_tensors, skip_reason
 from kimia.verify.report import Case, Comparison
 
 STAGE = "e2e"
@@ -170,7 +170,7 @@ def _compare_speech(golden: _Set, case: Mapping[str, Any], codes: Sequence[int],
             comparison.same(f"{name} of chunk {index}", actual[name], expected[name])
     wave = torch.cat(pieces)
     comparison.same("wav_samples", len(wave), case["wav_samples"])
-    comparison.close("wav", wave, full_scale(stored["wav"]), WAVE_TOLERANCE)
+    compare_wave(comparison, "wav", wave, stored["wav"], WAVE_TOLERANCE)
 
 
 def _synthesised(golden: _Set, plan: Sequence[Push], stored: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

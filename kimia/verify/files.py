@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from kimia.errors import AudioError, GoldenSetError
 from kimia.model.audio import load_audio
+from kimia.verify.report import Comparison
 
 INT16_SCALE = 32767  # stored waveforms are round(32767 * wave)
 PCM_SCALE = 32768.0  # of recorded samples
@@ -46,7 +48,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {str(name): file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError) as error:
         raise GoldenSetError(f"{path}: cannot be read as npz ({error})") from error
 
 
@@ -75,6 +77,12 @@ def _piece(folder: Path, piece: Mapping[str, Any]) -> np.ndarray:
         raise GoldenSetError(f"{path}: pieces are cut from mono files, this one has {samples.shape[1]} channels")
     cut = samples[piece.get("start", 0) : piece.get("stop")]
     return np.asarray(cut >> piece.get("shift_right", 0))
+
+
+def compare_wave(comparison: Comparison, what: str, wave: torch.Tensor, stored: torch.Tensor, tolerance: float) -> None:
+    """Compare with a stored waveform; integers could not hold what lies beyond full scale (the louder cross-fades)."""
+    heard = wave if stored.is_floating_point() else wave.clamp(-1.0, 1.0)
+    comparison.close(what, heard, full_scale(stored), tolerance)
 
 
 def full_scale(stored: torch.Tensor) -> torch.Tensor:

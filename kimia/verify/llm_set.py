@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kimia.errors import GoldenSetError
 from kimia.model.config import LMConfig
 from kimia.model.conversation import Message, parse_conversation
 from kimia.model.encode import EncodedAudio
@@ -39,7 +40,10 @@ class GoldenLM:
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the set; empty where the set has none."""
         path = self.goldens / name
-        return dict(read_json(path)) if path.exists() else {}
+        content = read_json(path) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise GoldenSetError(f"{path}: must hold a mapping")
+        return content
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """A safetensors file of the set."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kimia.errors import AudioError
+from kimia.errors import AudioError, GoldenSetError, WeightsError
 from kimia.verify.report import Case, Comparison, run_case
 
 pytestmark = pytest.mark.unit
@@ -67,4 +67,22 @@ def test_error_inside_a_case_is_a_miss() -> None:
 
 
 def test_skip_says_why() -> None:
-    assert str(run_case(Case("llm", "finetune.a", skip="its own issue"))) == "SKIP llm finetune.a its own issue"
+    assert str(run_case(Case("llm", "finetune.a", skip="its own issue"))) == "SKIP llm finetune.a 0<=0 its own issue"
+
+
+@pytest.mark.parametrize("error", [GoldenSetError("no such file"), WeightsError("missing: x")])
+def test_unreadable_data_end_the_report(error) -> None:
+    def run(_):
+        raise error
+
+    with pytest.raises(type(error)):
+        line(run)
+
+
+@pytest.mark.parametrize("error", [KeyError("messages"), TypeError("null"), AttributeError("items")])
+def test_a_malformed_case_ends_the_report_with_its_name(error) -> None:
+    def run(_):
+        raise error
+
+    with pytest.raises(GoldenSetError, match=r"llm decode\.x: the stored case is malformed"):
+        line(run)

@@ -1,0 +1,107 @@
+"""The `kimia verify` command: its lines, its last line, its exit codes."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kimia.cli import main
+from tests.verify.sets import SMALLEST, committed, edit_json, edit_tensor, write_detokenizer, write_llm
+
+pytestmark = pytest.mark.parity
+
+LINE = re.compile(r"(PASS|FAIL|SKIP) (tokenizer|llm|detokenizer|e2e) \S+ \S+<=\S+( .+)?")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A small set of every stage."""
+    folder = tmp_path_factory.mktemp("sets")
+    for stage in SMALLEST:
+        committed(stage, folder)
+    write_llm(folder)
+    write_detokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def sets(written, tmp_path):
+    """The same, to be damaged."""
+    return Path(shutil.copytree(written, tmp_path / "sets"))
+
+
+def test_all_stages_pass_and_every_line_has_its_form(sets, capsys):
+    assert main(["verify", str(sets)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not LINE.fullmatch(line)] == []
+    passed = [line for line in lines if line.startswith("PASS")]
+    assert {line.split()[1] for line in passed} == {"tokenizer", "llm", "detokenizer", "e2e"}
+    assert last == f"{len(passed)}/{len(passed)} cases"
+    assert len(lines) > len(passed)  # the skipped ones are not counted
+
+
+def break_tokenizer(folder) -> None:
+    name = f"goldens/{SMALLEST['tokenizer']}.json"
+    edit_json(folder / "tokenizer" / name, lambda expected: expected["token_ids"].__setitem__(5, 1))
+
+
+def break_e2e(folder) -> None:
+    path = folder / "e2e" / f"{SMALLEST['e2e']}.safetensors"
+    edit_tensor(path, "wav", lambda wave: wave[1000:1001].add_(9))
+
+
+def break_llm(folder) -> None:
+    path = folder / "llm/goldens/prefill.safetensors"
+    edit_tensor(path, "history.text_hidden", lambda hidden: hidden[3, 3].add_(1e-4))
+
+
+def break_detokenizer(folder) -> None:
+    path = folder / "detokenizer/voice_stream.safetensors"
+    edit_tensor(path, "chunk1.mel", lambda mel: mel[2, 2].add_(1e-3))
+
+
+@pytest.mark.parametrize("damage", [break_tokenizer, break_e2e, break_llm, break_detokenizer])
+def test_one_wrong_number_in_a_stage_exits_1(sets, damage, capsys):
+    damage(sets)
+    stage = damage.__name__.removeprefix("break_")
+    assert main(["verify", str(sets / stage)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("FAIL")] == [stage]
+    passed, compared = lines[-1].removesuffix(" cases").split("/")
+    assert int(passed) == int(compared) - 1
+
+
+def shown(arguments, capsys) -> str:
+    assert main(["verify", *map(str, arguments)]) == 2
+    streams = capsys.readouterr()
+    assert "Traceback" not in streams.out + streams.err
+    return streams.err
+
+
+def test_nothing_to_verify_exits_2(tmp_path, capsys):
+    assert "neither a golden set" in shown([tmp_path], capsys)
+    assert "no such folder" in shown([tmp_path / "nowhere"], capsys)
+
+
+def test_a_set_without_cases_exits_2(tmp_path, capsys):
+    folder = committed("tokenizer", tmp_path)
+    edit_json(folder / "cases.json", lambda spec: spec.update(cases=[], batches=None))
+    assert "holds no case" in shown([folder], capsys)
+
+
+@pytest.mark.parametrize("name", ["cases.json", "model/config.json", "model/vocoder/model.pt", "model/tiktoken.model"])
+def test_unreadable_data_exit_2(tmp_path, name, capsys):
+    folder = committed("e2e", tmp_path)
+    (folder / name).write_bytes(b"{")
+    assert name in shown([folder], capsys)
+
+
+def test_a_field_of_another_type_exits_2(tmp_path, capsys):
+    folder = committed("e2e", tmp_path)
+    edit_json(folder / "cases.json", lambda spec: spec["cases"][0].update(messages=7))
+    assert "malformed" in shown([folder], capsys)
+
+
+def test_unknown_device_exits_2(tmp_path, capsys):
+    assert "is not a device" in shown([tmp_path, "--device", "abacus"], capsys)
