@@ -136,7 +136,8 @@ def _compare_case(golden: _Set, case: Mapping[str, Any], comparison: Comparison)
 
 
 def _prompt(golden: _Set, case: Mapping[str, Any]) -> Prompt:
-    messages = parse_conversation([_located(golden.folder, message) for message in case["messages"]], golden.config)
+    located = [_located(golden.folder, message) for message in case["messages"]]
+    messages = parse_conversation(located, golden.config, must_end_with_user=False)
     waves = load_clips(messages, golden.encoder.sample_rate) if any(m.audio for m in messages) else {}
     clips = encode_clips(messages, waves, golden.encoder) if waves else {}
     return build_prompt(messages, clips, case["output_type"], golden.config, golden.speaker.tokenizer)
