@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory [DIR] [--turns 200] [--seconds 12]
 
-prints JSON: resident memory after turns 1, 10, 50, 100 and 200 of generating speech, its peak, and for loading the
+prints JSON: resident memory after some of the turns of generating speech, its peak, and for loading the
 peak above the size of the weights. Without DIR a tiny checkpoint with random weights is made.
 """
 
@@ -21,9 +21,10 @@ from torch import nn
 
 from kimia.model.prompt import TOKEN_RATE
 from kimia.model.random_weights import new_checkpoint
-from kimia.pipeline import KimiAudio
+from kimia.pipeline import KimiAudio, Options
 
-MARKS = (1, 10, 50, 100, 200, 500, 1000)
+MARKS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 500, 1000)
+OPTIONS: Options = {"preset": "low-latency", "audio_temperature": 0.8, "text_temperature": 0.8}
 QUESTION = [{"role": "user", "message_type": "text", "content": "Please tell me a long story about the sea."}]
 
 
@@ -67,14 +68,13 @@ def turns(model: KimiAudio, count: int, seconds: float) -> dict[str, Any]:
     peaks: dict[str, float] = {}
     audio_seconds = 0.0
     for turn in range(1, count + 1):
-        wav, _ = model.generate(
-            QUESTION, "both", max_new_tokens=steps, seed=turn, audio_temperature=0.8, text_temperature=0.8
-        )
+        wav, _ = model.generate(QUESTION, "both", max_new_tokens=steps, seed=turn, **OPTIONS)
         audio_seconds += 0.0 if wav is None else wav.shape[-1] / model.sample_rate
         if turn in MARKS or turn == count:
             gc.collect()
             resident[str(turn)] = memory_mb("VmRSS")
             peaks[str(turn)] = memory_mb("VmHWM")
+            print(f"\nturn {turn}: {resident[str(turn)]:.1f} MB, peak {peaks[str(turn)]:.1f} MB", file=sys.stderr)
         print(f"\rturn {turn}/{count}", end="", file=sys.stderr)
     print(file=sys.stderr)
     return {"turns": count, "audio_seconds": audio_seconds, "rss_mb_after_turn": resident, "peak_mb_by_turn": peaks}
