@@ -31,7 +31,7 @@ demo: $(STAMP)  ## a recorded question in, text and speech out, drawn
 	    --text-temperature 0.7 --audio-temperature 0.8 --audio-top-k 10 \
 	    --out demo/answer.wav --plot demo/answer.svg
 	@echo; echo "Speech: demo/answer.wav   picture: demo/answer.svg"
-	@echo "These weights are random: every stage really ran, but nothing was understood. With the real ones (a GPU of 40 GB or more):"
+	@echo "These weights are random: every stage really ran, but nothing was understood. With the real ones (26 GB of weights: a GPU of 32 GB or more):"
 	@echo "  .venv/bin/kimia generate --model moonshotai/Kimi-Audio-7B-Instruct --audio $(QUESTION) --out answer.wav"
 
 test: $(STAMP)  ## the tests, as continuous integration runs them
