@@ -222,6 +222,17 @@ def test_symbols_are_found_by_name(tmp_path, names):
     assert len(set(literals)) == SPECIALS
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 33), (2, 33), (2, SPECIALS - 1), (0, SPECIALS - 2)])
+def test_a_list_without_gaps_may_still_be_a_part(tmp_path, first, last):
+    listed = {token: name for token, name in complete().items() if BASE + first <= token <= BASE + last}
+    tokenizer = tiny_tokenizer(tmp_path, listed)
+    assert asdict(tokenizer.special)["ctd"] == BASE + 33
+    assert all(tokenizer.decode([token]) == name for token, name in listed.items())
+    assert len({tokenizer.decode([token]) for token in range(BASE, CONFIG.token_offset)}) == SPECIALS
+    if first == 0:  # the reserved tokens that follow go on counting
+        assert {token: tokenizer.decode([token]) for token in complete()} == complete()
+
+
 @pytest.mark.parametrize("content", [None, "{}", '{"added_tokens_decoder": {}}', '{"added_tokens_decoder": null}'])
 def test_without_a_map_the_order_of_the_release_is_used(tmp_path, content):
     write_ranks(tmp_path, TOKENS)
@@ -270,8 +281,6 @@ def without(name: str) -> dict[int, str]:
         ({}, {"pad_token": BASE}, "not the last special token"),
         ({**named(), BASE + SPECIALS: "x"}, {}, "lies outside"),
         ({**named(), BASE - 1: "x"}, {}, "lies outside"),
-        (complete(specials=SPECIALS - 1), {}, "do not fill"),
-        ({t: n for t, n in complete().items() if t > BASE}, {}, "do not fill"),
         ({}, {"token_offset": BASE}, "leaves no special tokens"),
         ({**complete(), BASE: "<|im_msg_end|>"}, {}, "name of its own"),
     ],
