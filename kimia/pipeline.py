@@ -15,6 +15,7 @@ weights, so turns may be interleaved.
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 
-from kimia.errors import AudioError, ParameterError
+from kimia.errors import AudioError, ContextLengthError, ParameterError
 from kimia.model.audio import load_audio, prepare_waveform
 from kimia.model.checkpoint import open_checkpoint
 from kimia.model.chunking import ChunkPlanner, Push
@@ -37,7 +38,7 @@ from kimia.model.generate import GenerateOptions, Result, Step, StopReason, Trac
 from kimia.model.lm import Row, load_lm
 from kimia.model.philox import SEED_LIMIT, check_seed
 from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset, find_preset
-from kimia.model.prompt import Encoded, Prompt, build_prompt, steps_allowed
+from kimia.model.prompt import UPSTREAM_STEPS, Encoded, Prompt, build_prompt, steps_allowed
 from kimia.model.sampler import Sampling
 from kimia.model.text import StreamDecoder, TextTokenizer
 
@@ -103,8 +104,10 @@ class TurnDone:
         """The answer as a message of the next turn's chat: by its ids, so it is never encoded again.
 
         `heard` keeps only the first codes (80 ms each) and the text of the steps that had led to them, for a caller
-        who interrupted. An answer without speech gives a text message.
+        who interrupted. An answer without speech gives a text message. Raises ParameterError for a negative number.
         """
+        if heard is not None and heard < 0:
+            raise ParameterError(f"heard counts codes from the beginning, got {heard}")
         if not self.result.returned_audio:
             return {
                 "role": "assistant",
@@ -194,7 +197,7 @@ class KimiAudio:
 
     def __init__(
         self,
-        model: str | Path,
+        model_path: str | Path,
         load_detokenizer: bool = True,
         *,
         text_only: bool = False,
@@ -203,9 +206,9 @@ class KimiAudio:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.device = choose_device(device)
-        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        checkpoint = open_checkpoint(model, vq_tokenizer)
+        self.dtype = choose_dtype(dtype, self.device)
         speaks = load_detokenizer and not text_only
+        checkpoint = open_checkpoint(model_path, vq_tokenizer)
         self.config: LMConfig = read_configs(checkpoint, detokenizer=speaks).lm
         self.tokenizer = TextTokenizer.load(checkpoint.root, self.config)
         self.encoder = AudioEncoder.load(checkpoint, self.config.adaptor_input_dim, self.device, self.dtype)
@@ -245,6 +248,8 @@ class KimiAudio:
         `chats` is what was said before, if anything. Default preset: upstream.
         """
         self._speaker()
+        if not isinstance(text, str):
+            raise ParameterError(f"the text to say must be a string, got {type(text).__name__}")
         ids = tuple(self.tokenizer.encode(text))
         if not ids:
             raise ParameterError("there is nothing to say: the text is empty")
@@ -260,11 +265,11 @@ class KimiAudio:
         check_output_type(output_type)
         if output_type == "both" and self.lm.text_only:
             raise ParameterError("the model was loaded for text only; load it without text_only to get speech")
-        preset, seed, sampling = _read(options)
+        preset, seed, limit, sampling = _read(options)
         messages = () if say is not None and not chats else parse_conversation(chats, self.config)
         waves = load_clips(messages, self.encoder.sample_rate)
         blank = self._prompt(messages, blank_clips(waves, self.encoder.samples_per_position), output_type)
-        steps = answer_steps(len(blank), output_type, options.get("max_new_tokens"), self.config, preset)
+        steps = answer_steps(blank, output_type, limit, self.config, preset)
         if say is not None and len(say) >= steps:
             raise ParameterError(f"the text to say has {len(say)} tokens and the answer only {steps} steps; shorten it")
         turn_options = GenerateOptions(output_type, steps, sampling, seed, forced_text=say)
@@ -360,13 +365,27 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ParameterError(f"{device!r} is not a device; use cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        raise ParameterError(f"device {chosen} is not supported; use cpu, cuda or cuda:N")
+    if (chosen.index or 0) >= torch.cuda.device_count():
         raise ParameterError(
-            "device cuda was asked for, but torch sees none; use --device cpu or install torch for CUDA"
+            f"device {chosen} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use cpu, or install torch for CUDA"
         )
     return chosen
+
+
+def choose_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that was asked for, else bfloat16 on CUDA and float32 on the CPU. Raises ParameterError."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ParameterError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
+    return dtype
 
 
 def track_tokens(config: LMConfig, tokenizer: TextTokenizer) -> TrackTokens:
@@ -388,25 +407,51 @@ def prompt_row(prompt: Prompt) -> Row:
 
 
 def answer_steps(
-    positions: int, output_type: OutputType, max_new_tokens: int | None, config: LMConfig, preset: Preset
+    prompt: Prompt, output_type: OutputType, max_new_tokens: int | None, config: LMConfig, preset: Preset
 ) -> int:
-    """Steps that an answer may take: upstream's rule in its preset (which here also honours the caller's limit for
-    speech), else what the context allows.
+    """Steps that an answer may take: what the context and the caller allow, in upstream's preset also by its rule.
+
+    Raises ContextLengthError, naming the message that does not fit, when there is no room for an answer.
     """
+    try:
+        steps = steps_allowed(len(prompt), output_type, max_new_tokens, config)
+    except ContextLengthError as error:
+        raise ContextLengthError(error.rule, _message_at(prompt, config.max_positions - 1)) from error
     if preset is not UPSTREAM:
-        return steps_allowed(positions, output_type, max_new_tokens, config)
-    steps = steps_allowed(positions, output_type, max_new_tokens, config, "upstream")
-    return steps if max_new_tokens is None or max_new_tokens < 0 else min(steps, max_new_tokens)
+        return steps
+    allowed = steps_allowed(len(prompt), output_type, max_new_tokens, config, "upstream")
+    if allowed < 1:
+        limit = UPSTREAM_STEPS[output_type]
+        raise ContextLengthError(
+            f"the prompt takes {len(prompt)} positions and the preset upstream ends prompt and answer at {limit}; "
+            f"use the preset {LOW_LATENCY.name}, or shorten the conversation",
+            _message_at(prompt, limit - 1),
+        )
+    return min(steps, allowed)
 
 
-def _read(options: Options) -> tuple[Preset, int, Sampling]:
-    """Preset, seed and sampling of a turn; unknown names are refused with the list of the known ones."""
-    rest = dict(options)
-    preset = find_preset(str(rest.pop("preset", UPSTREAM.name)))
-    seed = rest.pop("seed", None)
-    rest.pop("max_new_tokens", None)
-    sampling = Sampling.from_arguments(rest)  # type: ignore[arg-type]
-    return preset, secrets.randbelow(SEED_LIMIT) if seed is None else check_seed(seed), sampling  # type: ignore[arg-type]
+def _message_at(prompt: Prompt, position: int) -> int | None:
+    """The message that a position belongs to; None for the start of the answer."""
+    return next((span.message for span in prompt.spans if span.begin + span.length > position), None)
+
+
+def _read(options: Options) -> tuple[Preset, int, int | None, Sampling]:
+    """Preset, seed, limit and sampling of a turn; unknown names are refused with the list of the known ones."""
+    rest: dict[str, Any] = dict(options)
+    preset = find_preset(rest.pop("preset", UPSTREAM.name))
+    seed, limit = (_integer(name, rest.pop(name, None)) for name in ("seed", "max_new_tokens"))
+    sampling = Sampling.from_arguments(rest)
+    return preset, secrets.randbelow(SEED_LIMIT) if seed is None else check_seed(seed), limit, sampling
+
+
+def _integer(name: str, value: Any) -> int | None:
+    """A plain int from any integer (NumPy's, say); None stays None."""
+    if value is None:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ParameterError(f"{name} must be an integer, got {value!r}") from error
 
 
 def _gathered(events: Iterator[Event]) -> tuple[TurnDone, torch.Tensor]:

@@ -204,6 +204,8 @@ def test_history_is_cut_to_what_was_heard(model: KimiAudio) -> None:
     assert len(message["audio_tokens"]) == 3
     assert len(message["text_tokens"]) <= model.config.audio_delay + 3
     assert played(model.stream([*ASK, message, *ASK], "both", max_new_tokens=8, **SPOKEN))[2].steps > 0
+    with pytest.raises(ParameterError, match="heard"):
+        done.message(heard=-1)
 
 
 def test_an_answer_of_text_goes_back_as_text(model: KimiAudio) -> None:
@@ -232,8 +234,17 @@ def test_the_callers_limit_holds(model: KimiAudio, preset: str) -> None:
 def test_a_prompt_beyond_the_context_is_refused_before_anything_is_encoded(model: KimiAudio, monkeypatch) -> None:
     monkeypatch.setattr(model.encoder, "encode", lambda waves: pytest.fail("encoded"))
     long = (np.zeros(model.encoder.samples_per_position * model.config.max_positions, np.float32), 16000)
-    with pytest.raises(ContextLengthError, match="8192"):
-        model.generate([{"role": "user", "message_type": "audio", "content": long}], preset="low-latency")
+    for preset in ("low-latency", "upstream"):
+        with pytest.raises(ContextLengthError, match=r"message 1: .*8192"):
+            model.generate([*ASK, {"role": "user", "message_type": "audio", "content": long}], preset=preset)
+
+
+def test_upstreams_preset_says_when_its_two_minutes_are_used_up(model: KimiAudio) -> None:
+    long = (np.zeros(model.encoder.samples_per_position * SPEECH_STEPS, np.float32), 16000)
+    chat = [*ASK, {"role": "user", "message_type": "audio", "content": long}]
+    with pytest.raises(ContextLengthError, match=r"message 1: .*1500; use the preset low-latency"):
+        model.generate(chat, "both")
+    assert model.stream(chat, "both", max_new_tokens=1)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -253,6 +264,8 @@ def test_a_bad_clip_is_named_by_its_message(model: KimiAudio, tmp_path: Path) ->
         {"preset": "fast"},
         {"max_new_tokens": 0},
         {"text_temperature": float("nan")},
+        {"seed": "7"},
+        {"max_new_tokens": 2.5},
     ],
     ids=str,
 )
@@ -261,15 +274,51 @@ def test_wrong_options_are_refused(model: KimiAudio, options: dict) -> None:
         model.generate(ASK, **options)
 
 
+def test_numpy_integers_are_integers(model: KimiAudio) -> None:
+    answers = [
+        model.generate(ASK, max_new_tokens=kind(6), seed=kind(3), text_temperature=1.0)[1] for kind in (int, np.int64)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_what_is_said_must_be_text(model: KimiAudio) -> None:
+    with pytest.raises(ParameterError, match="string"):
+        model.say(5)
+
+
 def test_wrong_output_type_is_refused(model: KimiAudio) -> None:
     with pytest.raises(ParameterError, match="output_type"):
         model.generate(ASK, "audio")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda"] if not torch.cuda.is_available() else ["gpu"])
-def test_devices_that_are_not_there_are_refused(device: str) -> None:
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:99", 7.5])
+def test_devices_that_are_not_there_are_refused(device) -> None:
     with pytest.raises(ParameterError, match="device"):
         KimiAudio(golden("e2e") / "model", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int8, torch.float64])
+def test_dtypes_that_do_not_work_are_refused(dtype) -> None:
+    with pytest.raises(ParameterError, match="dtype"):
+        KimiAudio(golden("e2e") / "model", dtype=dtype)
+
+
+def test_upstreams_own_call_ports_by_its_import() -> None:
+    model = KimiAudio(model_path=str(golden("e2e") / "model"), load_detokenizer=True)
+    sampling_params = {
+        "audio_temperature": 0.8,
+        "audio_top_k": 10,
+        "text_temperature": 0.0,
+        "text_top_k": 5,
+        "audio_repetition_penalty": 1.0,
+        "audio_repetition_window_size": 64,
+        "text_repetition_penalty": 1.0,
+        "text_repetition_window_size": 16,
+        "max_new_tokens": 12,
+    }
+    wav, text = model.generate(ASK, **sampling_params, output_type="both")
+    assert wav.detach().cpu().view(-1).numpy().dtype == np.float32
+    assert isinstance(text, str)
 
 
 # ---- saving memory ----------------------------------------------------------------------------------------------

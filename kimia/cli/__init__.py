@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -25,18 +26,42 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parse(arguments)
+    _prepare_streams()
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
     except KimiaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+    except OSError as error:  # a full disk behind stdout, say
+        _discard_output()
+        return _failed(error)
+    return code
+
+
+def _failed(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def _prepare_streams() -> None:
+    """Closed streams swallow what is written to them; characters that a stream cannot encode are escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's last flush does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -45,6 +70,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Kimi-Audio: speech and text in, speech and text out.",
         epilog="Each command explains itself: kimia generate --help",
     )
+    parser.add_argument("--version", action="version", version=f"kimia {_version()}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
@@ -55,3 +81,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             module.configure(command)
             command.set_defaults(run=module.run)
     return parser.parse_args(arguments)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kimia")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a source tree that is not installed"

@@ -94,7 +94,7 @@ def read_chat(path: Path) -> list[Any]:
         chat = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParameterError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # neither JSON nor UTF-8
+    except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8, or nested without end
         raise ParameterError(f"{path}: is not JSON ({error})") from error
     if not isinstance(chat, list):
         raise ConversationError(f"{path} must hold a list of messages, not a {type(chat).__name__}")

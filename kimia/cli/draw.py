@@ -43,7 +43,7 @@ def check_format(path: Path) -> None:
 
 
 def draw_answer(picture: AnswerPicture, path: Path) -> None:
-    """Write the picture as SVG or PNG."""
+    """Write the picture as SVG or PNG. Raises ParameterError when that is not possible."""
     check_format(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,7 +58,10 @@ def draw_answer(picture: AnswerPicture, path: Path) -> None:
     _text(panels[3], picture)
     panels[3].set_xlabel("seconds of the answer; what stands left of 0 is the text's lead")
     panels[0].set_xlim(-picture.delay / picture.frame_rate, max(len(picture.pcm) / picture.sample_rate, 0.1))
-    figure.savefig(path, dpi=110)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _waveform(axes: Axes, picture: AnswerPicture) -> None:

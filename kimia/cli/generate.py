@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     messages = chat_messages(args)
     speaks = args.output == "both"
     _check_files(args, speaks)
+    _check_question_stays(args, messages)
     model = load_model(args, load_detokenizer=speaks, text_only=not speaks)
     started = time.perf_counter()
     done, pcm = _answer(model, messages, args)
@@ -82,12 +84,32 @@ def _check_files(args: argparse.Namespace, speaks: bool) -> None:
             raise ParameterError("--out and --plot need speech: leave out --output text")
         if not path.parent.is_dir():
             raise ParameterError(f"{path}: the folder {path.parent} does not exist")
+        if path.exists() and not path.is_file():
+            raise ParameterError(f"{path}: is not a file that can be written")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ParameterError(f"{path}: no permission to write there")
     if args.out and args.out.suffix.lower() != ".wav":
         raise ParameterError(f"{args.out}: speech is written as .wav")
     if args.plot:
         from kimia.cli.draw import check_format
 
         check_format(args.plot)
+
+
+def _check_question_stays(args: argparse.Namespace, messages: list[Any]) -> None:
+    """Refuse to write the answer over a sound file of the conversation."""
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    named = [item for content in contents for item in (content if isinstance(content, list) else [content])]
+    for path in (args.out, args.plot):
+        if path is not None and path.exists() and any(isinstance(n, str) and _same(Path(n), path) for n in named):
+            raise ParameterError(f"{path}: is part of the conversation; write the answer elsewhere")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # a text, not the name of a file
+        return False
 
 
 def _answer(model: KimiAudio, messages: list[Any], args: argparse.Namespace) -> tuple[TurnDone, np.ndarray]:

@@ -131,7 +131,7 @@ def test_bad_conversations(kind, tiny, tmp_path, capsys) -> None:
     assert reason in refused(capsys, "generate", "--model", tiny, tmp_path / "chat.json", "--output", "text")
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 200_000, None])
 def test_unreadable_chat_file(content, tiny, tmp_path, capsys) -> None:
     if content is not None:
         (tmp_path / "chat.json").write_bytes(content)
@@ -167,6 +167,7 @@ def test_longer_than_the_context(tiny, tmp_path, capsys) -> None:
         ("--max-new-tokens", "0"),
         ("--seed", "-4"),
         ("--device", "abacus"),
+        ("--device", "meta"),
     ],
 )
 def test_bad_options(option, value, tiny, capsys) -> None:

@@ -47,6 +47,11 @@ def test_an_answer_without_text(tmp_path: Path) -> None:
     assert (tmp_path / "answer.png").stat().st_size > 5000
 
 
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="cannot be written"):
+        draw_answer(PICTURE, tmp_path / "no" / "such" / "folder" / "answer.png")
+
+
 @pytest.mark.parametrize("name", ["answer.pdf", "answer", "answer.jpg"])
 def test_other_formats_are_refused(name: str) -> None:
     with pytest.raises(ParameterError, match=r"\.svg or \.png"):

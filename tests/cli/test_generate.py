@@ -80,6 +80,8 @@ def test_draws_the_answer(tiny, tmp_path, ending) -> None:
         (("--text", "x", "--out", "answer.mp3"), ".wav"),
         (("--text", "x", "--plot", "answer.pdf"), ".svg or .png"),
         (("--text", "x", "--output", "text", "--out", "answer.wav"), "--output text"),
+        (("--audio", QUESTION, "--out", QUESTION), "part of the conversation"),
+        (("--text", "x", "--out", "/dev/null.wav/answer.wav"), "does not exist"),
     ],
 )
 def test_refused_before_the_model_is_loaded(arguments, complaint, capsys) -> None:
@@ -93,3 +95,9 @@ def test_without_a_model_it_says_how_to_name_one(monkeypatch, capsys) -> None:
     monkeypatch.delenv("KIMIA_MODEL", raising=False)
     assert main(["generate", "--text", "x"]) == 1
     assert "--model or KIMIA_MODEL" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_place_for_an_answer(tmp_path, capsys) -> None:
+    (tmp_path / "answer.wav").mkdir()
+    assert run("no-such-model", "--text", "x", "--out", tmp_path / "answer.wav") == 1
+    assert "not a file" in capsys.readouterr().err
