@@ -9,6 +9,7 @@ loudness normalisation, silence trimming or dithering.
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -86,10 +87,14 @@ def _opened(source: AudioSource) -> Iterator[tuple[soundfile.SoundFile, str]]:
 
 
 def _open_path(path: str | Path) -> BinaryIO:
+    """Only a regular file is opened: a pipe cannot be searched, and opening one waits until somebody writes to it."""
     try:
-        return open(path, "rb")
+        mode = Path(path).stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # a directory gives the error that says so
+            return open(path, "rb")
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise AudioError(f"{path}: cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    raise AudioError(f"{path}: is not a regular file; write it to a file first")
 
 
 def _sound_file(stream: BinaryIO, name: str) -> soundfile.SoundFile:
@@ -109,6 +114,8 @@ def _sound_file(stream: BinaryIO, name: str) -> soundfile.SoundFile:
 def _check_stream(stream: object) -> None:
     if isinstance(stream, io.TextIOBase) or not all(hasattr(stream, name) for name in ("seek", "read", "tell")):
         raise AudioError(f"an audio source is a path, bytes or a seekable binary stream, got {_kind(stream)}")
+    if hasattr(stream, "seekable") and not stream.seekable():
+        raise AudioError("the audio data come from a stream that cannot seek (a pipe?); read it and pass its bytes")
 
 
 class _Unnamed:

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import math
+import os
+import socket
 import struct
 import subprocess
 import sys
@@ -204,6 +206,45 @@ def test_bad_sources(tmp_path):
     ]:
         with pytest.raises(AudioError, match=message):
             load_audio(source, RATE)
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    """A pipe without a writer would be waited for; one with a writer cannot be searched."""
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
+    os.mkfifo("fifo.wav")
+    unread, written = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener, os.fdopen(unread, "rb"), os.fdopen(written, "wb") as writer:
+        listener.bind("socket")
+        writer.write(WAV[:1000])
+        writer.flush()
+        for path in ("fifo.wav", "socket", "/dev/zero", f"/dev/fd/{unread}"):
+            with pytest.raises(AudioError, match="is not a regular file; write it to a file first"):
+                load_audio(path, RATE)
+
+
+def test_streams_must_seek():
+    unread, written = os.pipe()
+    os.close(written)
+    with os.fdopen(unread, "rb") as stream, pytest.raises(AudioError, match="cannot seek"):
+        load_audio(stream, RATE)
+
+
+class Minimal:
+    """A stream that does not say whether it can seek."""
+
+    def __init__(self, content):
+        stream = io.BytesIO(content)
+        self.read, self.seek, self.tell = stream.read, stream.seek, stream.tell
+
+
+def test_a_stream_need_not_say_that_it_seeks():
+    assert np.array_equal(load_audio(Minimal(WAV), RATE), load_audio(WAV, RATE))
+
+
+def test_links_to_files_are_followed(tmp_path):
+    (tmp_path / "a.wav").write_bytes(WAV)
+    (tmp_path / "link").symlink_to(tmp_path / "a.wav")
+    assert np.array_equal(load_audio(tmp_path / "link", RATE), load_audio(WAV, RATE))
 
 
 GOOD = np.zeros(100, np.float32)
