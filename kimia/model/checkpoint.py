@@ -9,7 +9,6 @@ module exactly.
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 import re
 import zipfile
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kimia.errors import CheckpointError, WeightsError
+from kimia.model.config import read_json
 
 VQ_TOKENIZER = "glm-4-voice-tokenizer"
 HUB_VQ_TOKENIZER = f"THUDM/{VQ_TOKENIZER}"
@@ -165,10 +165,8 @@ def sharded_source(folder: Path) -> Source:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: is no safetensors index ({error!r})") from error
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
     ):

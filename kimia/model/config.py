@@ -1,12 +1,15 @@
 """The config files of a released checkpoint as frozen dataclasses.
 
 Every dimension is required: upstream's class defaults differ from the released values (delay 5 instead of 6, say),
-so a missing field is an error that names the file and the field, never a guess.
+so a missing one is an error that names the file and the field, never a guess. Switches that a file leaves out take
+upstream's defaults.
 """
 
 from __future__ import annotations
 
 import json
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,13 @@ import yaml
 from kimia.errors import CheckpointError, ConfigError
 
 MISSING = object()
+
+DIMENSION_LIMIT = 2**24  # no model comes near, and a matrix of such sides still has countable bytes
+DEPTH_LIMIT = 2**12  # of layers, and of a vocoder's kernels, rates and dilations
+BRIEF = reprlib.Repr()  # of a wrong value, which may fill pages
+BRIEF.maxlevel, BRIEF.maxstring = 2, 80
+
+UNLIMITED = 2**31 - 1  # positions of a model without a position table
 
 
 class Fields:
@@ -33,20 +43,25 @@ class Fields:
         return value
 
     def _wrong(self, name: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self.source}: field {name!r} must be {expected}, got {self.values.get(name)!r}")
+        value = self.values.get(name)
+        return ConfigError(f"{self.source}: field {name!r} must be {expected}, got {BRIEF.repr(value)}")
 
-    def integer(self, name: str, default: Any = MISSING, minimum: int = 1) -> int:
-        """An integer of at least `minimum`."""
+    def integer(self, name: str, default: Any = MISSING, *, minimum: int = 1, maximum: int = DIMENSION_LIMIT) -> int:
+        """An integer of at least `minimum` and at most `maximum`."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if not _is_integer(value) or value < minimum:
             raise self._wrong(name, f"an integer of at least {minimum}")
-        return value
+        if value > maximum:
+            raise self._wrong(name, f"an integer of at most {maximum}")
+        return int(value)
 
-    def number(self, name: str, default: Any = MISSING) -> float:
-        """A finite number."""
+    def number(self, name: str, default: Any = MISSING, *, positive: bool = False) -> float:
+        """A finite number, above zero where `positive`."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise self._wrong(name, "a finite number")
+        if positive and value <= 0:
+            raise self._wrong(name, "a positive number")
         return float(value)
 
     def flag(self, name: str, default: Any = MISSING) -> bool:
@@ -64,11 +79,18 @@ class Fields:
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """A non-empty list of positive integers."""
+        """A non-empty list of positive integers: kernels, rates."""
         value = self._get(name, MISSING)
-        if not isinstance(value, list) or not value or not all(type(item) is int and item > 0 for item in value):
-            raise self._wrong(name, "a non-empty list of positive integers")
+        if not _are_counts(value):
+            raise self._wrong(name, f"a non-empty list of integers from 1 to {DEPTH_LIMIT}")
         return tuple(value)
+
+    def integer_lists(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """A non-empty list of non-empty lists of positive integers: dilations."""
+        value = self._get(name, MISSING)
+        if not isinstance(value, list) or not value or not all(map(_are_counts, value)):
+            raise self._wrong(name, f"a non-empty list of non-empty lists of integers from 1 to {DEPTH_LIMIT}")
+        return tuple(map(tuple, value))
 
     def section(self, name: str, default: Any = MISSING) -> Fields:
         """A nested mapping."""
@@ -78,18 +100,45 @@ class Fields:
         return Fields(f"{self.source}: {name}", value)
 
 
-def read_fields(path: Path) -> Fields:
-    """Read a JSON or YAML config file. Raises CheckpointError when absent, ConfigError when not a mapping."""
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_counts(value: object) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(_is_integer(item) and 0 < item <= DEPTH_LIMIT for item in value)
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CheckpointError when it cannot be opened, ConfigError when it is no JSON."""
+    text = _read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise ConfigError(f"{path}: cannot be parsed as JSON ({error}); is the file complete?") from error
+
+
+def _read_yaml(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be parsed as YAML ({error}); is the file complete?") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text") from error
-    try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be parsed ({error})") from error
+
+
+def read_fields(path: Path) -> Fields:
+    """Read a JSON or YAML config file. Raises CheckpointError when absent, ConfigError when not a mapping."""
+    values = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping")
     return Fields(str(path), values)
@@ -139,21 +188,21 @@ class LMConfig:
     def read(cls, path: Path) -> LMConfig:
         """Read and check `config.json`."""
         fields = read_fields(path)
-        fields.choice("hidden_act", ("silu",))
+        fields.choice("hidden_act", ("silu",), default="silu")
         fields.choice("rope_scaling", (None,), default=None)
-        fields.choice("tie_word_embeddings", (False,))
-        fields.choice("use_whisper_feature", (True,))
+        fields.choice("tie_word_embeddings", (False,), default=False)
+        fields.choice("use_whisper_feature", (True,), default=True)
         config = cls(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
-            layers=fields.integer("num_hidden_layers"),
+            layers=fields.integer("num_hidden_layers", maximum=DEPTH_LIMIT),
             heads=fields.integer("num_attention_heads"),
             kv_heads=fields.integer("num_key_value_heads"),
             max_positions=fields.integer("max_position_embeddings"),
-            rms_norm_eps=fields.number("rms_norm_eps"),
-            rope_theta=fields.number("rope_theta"),
-            mimo_layers=fields.integer("kimia_mimo_layers"),
+            rms_norm_eps=fields.number("rms_norm_eps", positive=True),
+            rope_theta=fields.number("rope_theta", positive=True),
+            mimo_layers=fields.integer("kimia_mimo_layers", maximum=DEPTH_LIMIT),
             fork_layer=fields.integer("kimia_mimo_transformer_from_layer_index", minimum=0),
             audio_delay=fields.integer("kimia_mimo_audiodelaytokens", minimum=0),
             token_offset=fields.integer("kimia_token_offset"),
@@ -198,6 +247,8 @@ class FeatureConfig:
         exact_div(segment, hop, f"{path}: samples of a segment / hop_length")
         n_fft = fields.integer("n_fft")
         exact_div(n_fft, 2, f"{path}: n_fft / 2 (centred frames)")
+        if n_fft > segment:
+            raise ConfigError(f"{path}: n_fft {n_fft} exceeds the {segment} samples of a segment")
         return cls(fields.integer("feature_size"), hop, n_fft, rate, segment)
 
 
@@ -220,7 +271,7 @@ class EncoderConfig:
         fields = read_fields(path)
         config = cls(
             d_model=fields.integer("d_model"),
-            layers=fields.integer("encoder_layers"),
+            layers=fields.integer("encoder_layers", maximum=DEPTH_LIMIT),
             heads=fields.integer("encoder_attention_heads"),
             ffn_dim=fields.integer("encoder_ffn_dim"),
             mel_bins=fields.integer("num_mel_bins"),
@@ -253,19 +304,19 @@ class VQConfig:
         encoder = EncoderConfig.read(path)
         kernel = fields.values.get("pooling_kernel_size", MISSING)
         pooled = kernel is not None
-        causal = fields.flag("encoder_causal_attention") or fields.flag("quantize_causal_encoder")
-        block = fields.values.get("quantize_causal_block_size", MISSING)
+        causal = [fields.flag(name, default=False) for name in ("encoder_causal_attention", "quantize_causal_encoder")]
+        block = fields.values.get("quantize_causal_block_size")
         quantize_position = fields.integer("quantize_position")
         config = cls(
             encoder=encoder,
             pooling_kernel=fields.integer("pooling_kernel_size") if pooled else 1,
-            pooling_type=fields.choice("pooling_type", ("avg", "max")) if pooled else "avg",
+            pooling_type=fields.choice("pooling_type", ("avg", "max"), default="max") if pooled else "avg",
             pooling_position=fields.integer("pooling_position") if pooled else quantize_position,
             quantize_position=quantize_position,
             codebook_size=fields.integer("quantize_vocab_size"),
             block_size=None if block is None else fields.integer("quantize_causal_block_size"),
             causal_convolution=fields.flag("encoder_causal_convolution"),
-            causal_attention=causal,
+            causal_attention=any(causal),
         )
         config._check(str(path))
         return config
@@ -275,8 +326,13 @@ class VQConfig:
             raise ConfigError(f"{source}: quantize_position {self.quantize_position} exceeds encoder_layers")
         if self.pooling_position > self.quantize_position:
             raise ConfigError(f"{source}: pooling_position lies after quantize_position")
-        if self.block_size is not None and self.block_size < self.pooling_kernel:
-            raise ConfigError(f"{source}: quantize_causal_block_size is smaller than pooling_kernel_size")
+        pooled_layers = self.quantize_position - self.pooling_position
+        block = None if self.causal_attention else self.block_size
+        if block is not None and block < self.pooling_kernel and pooled_layers:
+            raise ConfigError(
+                f"{source}: quantize_causal_block_size is smaller than pooling_kernel_size, so that the "
+                f"{pooled_layers} layers behind the pooling would see nothing"
+            )
 
 
 @dataclass(frozen=True)
@@ -293,7 +349,7 @@ class FlowConfig:
     use_rope: bool
     rope_base: float
     rope_scale: float  # positions are multiplied by it (1 / rope_interpolation_factor)
-    max_positions: int  # mel frames that the position table covers
+    max_positions: int  # mel frames that the position tables cover; UNLIMITED without any
     max_seq_len: int  # rows of a learnable position table, less one
     mel_mean: float  # 0 when normalize_mel is false
     mel_std: float  # 1 when normalize_mel is false
@@ -309,29 +365,44 @@ class FlowConfig:
         top = read_fields(path)
         fields = top.section("model").section("dit")
         fields.choice("ffn_type", ("vanilla_mlp",))
-        rope = fields.section("rope_params", default={})
+        use_rope = fields.flag("use_rope", default=False)
+        # Null and absent rope_params mean the defaults; without RoPE nothing in them counts.
+        given = use_rope and fields.values.get("rope_params") is not None
+        rope = fields.section("rope_params") if given else Fields(f"{fields.source}: rope_params", {})
         normalize = top.flag("normalize_mel")
-        hidden = fields.integer("hidden_size")
         max_seq_len = fields.integer("max_seq_len")
+        position_embedding = fields.choice("position_embedding_type", ("skip", "learnable", "sincos"))
+        rows = max_seq_len + 1 if position_embedding == "learnable" else UNLIMITED
+        covered = min(rope.integer("max_position_embeddings", default=4096), max_seq_len) if use_rope else rows
         config = cls(
             mel_bins=fields.integer("input_size"),
             audio_codes=fields.integer("semantic_vocab_size"),
-            hidden_size=hidden,
-            depth=fields.integer("depth"),
+            hidden_size=fields.integer("hidden_size"),
+            depth=fields.integer("depth", maximum=DEPTH_LIMIT),
             heads=fields.integer("num_heads"),
-            mlp_hidden=int(hidden * fields.number("mlp_ratio")),
-            position_embedding=fields.choice("position_embedding_type", ("skip", "learnable", "sincos")),
-            use_rope=fields.flag("use_rope", default=False),
-            rope_base=rope.number("rope_base", default=10000.0),
-            rope_scale=1.0 / rope.number("rope_interpolation_factor", default=1.0),
-            max_positions=min(rope.integer("max_position_embeddings", default=4096), max_seq_len),
+            mlp_hidden=_mlp_hidden(fields),
+            position_embedding=position_embedding,
+            use_rope=use_rope,
+            rope_base=rope.number("rope_base", default=10000.0, positive=True),
+            rope_scale=1.0 / rope.number("rope_interpolation_factor", default=1.0, positive=True),
+            max_positions=covered,
             max_seq_len=max_seq_len,
             mel_mean=top.number("mel_mean") if normalize else 0.0,
-            mel_std=top.number("mel_std") if normalize else 1.0,
+            mel_std=top.number("mel_std", positive=True) if normalize else 1.0,
         )
         exact_div(config.hidden_size, config.heads, f"{path}: hidden_size / num_heads")
-        exact_div(config.head_dim, 2, f"{path}: head dimension / 2 (rotary pairs)")
+        if use_rope:
+            exact_div(config.head_dim, 2, f"{path}: head dimension / 2 (rotary pairs)")
+        if position_embedding == "sincos" and config.hidden_size < 4:
+            raise ConfigError(f"{path}: hidden_size {config.hidden_size} is too small for a sincos position embedding")
         return config
+
+
+def _mlp_hidden(fields: Fields) -> int:
+    width = fields.integer("hidden_size") * fields.number("mlp_ratio", positive=True)
+    if not 1 <= width <= DIMENSION_LIMIT:
+        raise ConfigError(f"{fields.source}: hidden_size x mlp_ratio must lie in 1..{DIMENSION_LIMIT}, got {width:g}")
+    return int(width)
 
 
 @dataclass(frozen=True)
@@ -360,26 +431,24 @@ class VocoderConfig:
         """Read and check `config.json` of the vocoder."""
         fields = read_fields(path)
         fields.choice("resblock", ("1",))  # "2" returns nothing upstream
-        dilations = fields.values.get("resblock_dilation_sizes")
-        if not isinstance(dilations, list) or not all(isinstance(item, list) and item for item in dilations):
-            raise ConfigError(f"{path}: field 'resblock_dilation_sizes' must be a list of lists")
+        n_fft = fields.integer("n_fft")
         config = cls(
             mel_bins=fields.integer("num_mels"),
             upsample_rates=fields.integers("upsample_rates"),
             upsample_kernels=fields.integers("upsample_kernel_sizes"),
             initial_channels=fields.integer("upsample_initial_channel"),
             resblock_kernels=fields.integers("resblock_kernel_sizes"),
-            resblock_dilations=tuple(tuple(item) for item in dilations),
+            resblock_dilations=fields.integer_lists("resblock_dilation_sizes"),
             activation=fields.choice("activation", ("snakebeta", "snake")),
             snake_logscale=fields.flag("snake_logscale"),
             bias_at_final=fields.flag("use_bias_at_final", default=True),
             tanh_at_final=fields.flag("use_tanh_at_final", default=True),
-            n_fft=fields.integer("n_fft"),
+            n_fft=n_fft,
             hop=fields.integer("hop_size"),
-            win=fields.integer("win_size"),
+            win=fields.integer("win_size", default=n_fft, maximum=n_fft),
             sample_rate=fields.integer("sampling_rate"),
-            fmin=fields.number("fmin"),
-            fmax=None if fields.values.get("fmax") is None else fields.number("fmax"),
+            fmin=fields.number("fmin", default=0.0),
+            fmax=None if fields.values.get("fmax") is None else fields.number("fmax", positive=True),
         )
         config._check(str(path))
         return config
@@ -389,10 +458,14 @@ class VocoderConfig:
         for rate, kernel in zip(self.upsample_rates, self.upsample_kernels, strict=False):
             upsampling *= rate
             exact_div(kernel - rate, 2, f"{source}: (upsample kernel - rate) / 2")
+            if kernel < rate:
+                raise ConfigError(f"{source}: the upsample kernel {kernel} is shorter than its rate {rate}")
         if len(self.upsample_rates) != len(self.upsample_kernels):
             raise ConfigError(f"{source}: upsample_rates and upsample_kernel_sizes differ in length")
         if len(self.resblock_kernels) != len(self.resblock_dilations):
             raise ConfigError(f"{source}: resblock_kernel_sizes and resblock_dilation_sizes differ in length")
+        for kernel in self.resblock_kernels:
+            exact_div(kernel - 1, 2, f"{source}: (resblock kernel - 1) / 2")
         if upsampling != self.hop:
             raise ConfigError(f"{source}: the upsample_rates multiply to {upsampling}, hop_size is {self.hop}")
         exact_div(self.initial_channels, 2 ** len(self.upsample_rates), f"{source}: channels halved per stage")

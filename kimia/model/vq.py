@@ -82,7 +82,8 @@ class VQTokenizer(nn.Module):
             if index + 1 == self.config.pooling_position:
                 kernel = self.config.pooling_kernel
                 x, valid = pool(x, kernel, self.config.pooling_type), valid[:, ::kernel]
-                mask = visible(valid, block and block // kernel, self.config.causal_attention)
+                if index + 1 < len(self.layers):  # a block shorter than the kernel is legal where no layer follows
+                    mask = visible(valid, block and block // kernel, self.config.causal_attention)
         yield "hidden", x
 
     def quantize(self, hidden: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ def test_tensor_that_two_shards_hold(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../x"}}']
+    "text",
+    ["{", "[" * 200_000, "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../x"}}'],
 )
 def test_broken_index(tmp_path, text):
     (tmp_path / checkpoint.SHARD_INDEX).write_text(text)

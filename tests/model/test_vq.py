@@ -51,6 +51,7 @@ VARIANTS = {
     "max, then layers": replace(RELEASE, pooling_type="max", pooling_position=1, quantize_position=4),
     "kernel 8 of 100 frames": replace(RELEASE, pooling_kernel=8),
     "no pooling": replace(RELEASE, pooling_kernel=1),
+    "blocks shorter than the kernel, then no layer": replace(RELEASE, block_size=3),
     "no blocks": replace(RELEASE, block_size=None),
     "no blocks, then layers": replace(RELEASE, block_size=None, pooling_position=1),
     "plain convolution": replace(RELEASE, causal_convolution=False),
@@ -296,7 +297,7 @@ def test_configs_must_fit(encoder, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantize_causal_block_size": 3}, "smaller than pooling_kernel_size"),
+        ({"quantize_causal_block_size": 3, "pooling_position": 1}, "smaller than pooling_kernel_size"),
         ({"pooling_type": "median"}, "pooling_type"),
         ({"quantize_position": 5}, "quantize_position"),
     ],
