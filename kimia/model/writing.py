@@ -25,6 +25,8 @@ from kimia.model.checkpoint import FLOATING, Source
 SAFETENSORS_NAMES = {torch_name: name for name, torch_name in FLOATING.items()}
 HEADER_ALIGNMENT = 8  # bytes, demanded by the safetensors format
 
+PARTIAL = ".kimia-partial-"  # begins the name of what is not complete
+
 Progress = Callable[[int], object]  # told the bytes just written
 
 
@@ -81,7 +83,8 @@ def write_torch(path: Path, key: str, source: Source, progress: Progress | None 
                 file.write(data)
                 if progress is not None:
                     progress(len(data))
-        torch.save({key: _mapped(scratch, source)}, path)
+        with open(path, "wb") as file:  # a path would turn a full disk into a RuntimeError
+            torch.save({key: _mapped(scratch, source)}, file)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -97,34 +100,58 @@ def _mapped(scratch: Path, source: Source) -> dict[str, Tensor]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and move it into place when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)  # mkstemp's are private
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Give a path beside `path` to write to, and move it into place when the block ends well.
+
+    Raises CheckpointError when the disk refuses: no permission, no room, too long a name.
+    """
+    with _write_errors(path):
+        target = _resolved(path)
+        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.chmod(0o644)  # mkstemp's are private
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a new folder beside `folder` to fill, and move it into place when the block ends well.
+    """Give a new folder to fill, and move it into place when the block ends well.
 
-    Raises CheckpointError when `folder` exists and is not an empty folder.
+    Raises CheckpointError when `folder` exists and is not an empty folder, and when the disk refuses.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists and is not empty; name a new folder")
+    with _write_errors(folder):
+        target = _resolved(folder)
+        present = target.exists()
+        if present and not (target.is_dir() and not any(target.iterdir())):
+            raise CheckpointError(f"{folder}: exists and is not empty; name a new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target if present else target.parent))
+        try:
+            yield partial
+            if present:  # it stays the folder that it is: somebody's working directory, or a mounted disk
+                for entry in sorted(partial.iterdir()):
+                    entry.replace(target / entry.name)
+            else:
+                partial.chmod(0o755)
+                partial.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises no OSError where links go round in a circle
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        yield
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be created ({error.strerror})") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}) and nothing of it is left behind; name a place "
+            "that is writable and has room"
+        ) from error

@@ -88,6 +88,6 @@ def test_an_interrupted_conversion_leaves_the_old_state(tiny_copy, monkeypatch):
     checkpoint = open_checkpoint(tiny_copy)
     before = {path.name for path in checkpoint.flow.iterdir()}
     monkeypatch.setattr("kimia.model.convert.write_safetensors", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be written \(disk full\)"):
         convert(checkpoint, progress=False)
     assert {path.name for path in checkpoint.flow.iterdir()} == before

@@ -1,6 +1,9 @@
 """Files are written tensor by tensor, readable by the official libraries, and whole or not at all."""
 
 import json
+import os
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,5 +124,82 @@ def test_an_empty_folder_is_filled_a_full_one_refused(tmp_path):
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be created"), whole_folder(tmp_path / "file" / "new"):
+    with pytest.raises(CheckpointError, match="cannot be written"), whole_folder(tmp_path / "file" / "new"):
         pass
+
+
+@pytest.mark.parametrize("writing", [whole_file, whole_folder])
+def test_a_name_too_long_for_the_disk(tmp_path, writing):
+    with writing(tmp_path / ("x" * 255)) as partial:  # what is partial must not need a longer one
+        if writing is whole_folder:
+            (partial / "all").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"x: cannot be written \(File name too long\)"),
+        writing(tmp_path / ("x" * 256)),
+    ):
+        pass
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
+def test_a_file_in_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot be written.*name a place"), whole_file(tmp_path / "no" / "file"):
+        pass
+
+
+@pytest.fixture
+def small_files():
+    """Files may not grow above 64 kB: the closest thing to a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_no_room(tmp_path):
+    source = {"a": in_memory(torch.zeros(1 << 15))}
+    with pytest.raises(CheckpointError, match="cannot be written"), whole_file(tmp_path / "x") as partial:
+        write_safetensors(partial, source)
+    with pytest.raises(CheckpointError, match="cannot be written"), whole_folder(tmp_path / "new") as partial:
+        write_torch(partial / "model.pt", "k", source)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_files")
+def test_no_room_for_the_archive_itself(tmp_path):
+    source = {"a": in_memory(torch.zeros((1 << 14) - 8))}  # its scratch just fits, the archive does not
+    with pytest.raises(CheckpointError, match="cannot be written"), whole_folder(tmp_path / "new") as partial:
+        write_torch(partial / "model.pt", "k", source)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["itself", "link", "dot"])
+def test_an_existing_empty_folder_stays_the_same_folder(tmp_path, monkeypatch, way):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    before = folder.stat().st_ino
+    with whole_folder({"itself": folder, "link": tmp_path / "link", "dot": Path()}[way]) as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "all").touch()
+        assert not (folder / "deep").exists()
+    assert [path.name for path in folder.iterdir()] == ["deep"]
+    assert os.listdir() == ["deep"]
+    assert folder.stat().st_ino == before
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "blob").write_text("old")
+    (tmp_path / "x").symlink_to("blob")
+    with whole_file(tmp_path / "x") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "x").is_symlink()
+    assert (tmp_path / "blob").read_text() == "new"
+
+
+def test_links_that_go_round(tmp_path):
+    (tmp_path / "x").symlink_to("x")
+    with pytest.raises(CheckpointError, match="cannot be written"), whole_folder(tmp_path / "x") as partial:
+        (partial / "all").touch()
