@@ -9,6 +9,7 @@ import torch
 
 import kimia.pipeline
 from kimia.errors import AudioError, CheckpointError, ContextLengthError, ConversationError, ParameterError
+from kimia.model.generate import Step
 from kimia.model.prompt import SPEECH_STEPS
 from kimia.pipeline import AudioChunk, KimiAudio, TextDelta, TurnDone
 from tests.golden_data import COMMITTED, golden, golden_json
@@ -145,6 +146,32 @@ def test_a_stream_is_checked_before_it_is_read(model: KimiAudio) -> None:
         model.stream([])
 
 
+def scripted(model: KimiAudio, monkeypatch, ids: list[int], preset: str) -> list[TextDelta]:
+    """The text events of a turn whose text track is given."""
+    blank = model.track_tokens.blank
+    steps = [Step(i, token, blank, None, None, replayed=False, stop=None) for i, token in enumerate(ids)]
+    monkeypatch.setattr(kimia.pipeline, "generate", lambda *args: iter(steps))
+    return [event for event in model.stream(ASK, "text", preset=preset) if isinstance(event, TextDelta)]
+
+
+def test_text_ends_with_what_an_unfinished_character_leaves(model: KimiAudio, monkeypatch) -> None:
+    ids = model.tokenizer.encode("a")
+    half = next(i for i in range(256) if model.tokenizer.token_bytes(i) == b"\xe4")
+    assert [e.text for e in scripted(model, monkeypatch, [*ids, half], "low-latency")] == ["a", "\ufffd"]
+
+
+def test_audio_codes_in_the_text_track_are_left_out(model: KimiAudio, monkeypatch) -> None:
+    ids = [model.config.token_offset + 3, *model.tokenizer.encode("a"), model.config.vocab_size - 1]
+    assert [(e.text, e.step) for e in scripted(model, monkeypatch, ids, "low-latency")] == [("a", 1)]
+
+
+def test_special_tokens_are_shown_by_upstreams_preset_only(model: KimiAudio, monkeypatch) -> None:
+    special = model.tokenizer.special
+    ids = [special.blank, *model.tokenizer.encode("a"), special.text_eos, *model.tokenizer.encode("b")]
+    texts = {p: "".join(e.text for e in scripted(model, monkeypatch, ids, p)) for p in ("upstream", "low-latency")}
+    assert texts == {"upstream": "<|im_kimia_text_blank|>a", "low-latency": "a"}
+
+
 # ---- say --------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +188,13 @@ def test_what_was_said_before_changes_how_a_text_is_spoken(model: KimiAudio) -> 
     options = {**SPOKEN, "max_new_tokens": 24}
     alone, after = model.say("Hello", **options), model.say("Hello", ASK, **options)
     assert alone.shape != after.shape or not torch.equal(alone, after)
+
+
+def test_say_needs_a_step_more_than_the_text_has_tokens(model: KimiAudio) -> None:
+    tokens = len(model.tokenizer.encode("Hello"))
+    assert model.say("Hello", max_new_tokens=tokens + 1, seed=0).shape[0] == 1
+    with pytest.raises(ParameterError, match="shorten"):
+        model.say("Hello", max_new_tokens=tokens, seed=0)
 
 
 @pytest.mark.parametrize(("text", "limit"), [("", 100), ("a long text that does not fit", 3)])

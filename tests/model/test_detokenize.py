@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from kimia.errors import AudioError, ConfigError, ParameterError
 from kimia.model import philox
 from kimia.model.bigvgan import mel_spectrogram
+from kimia.model.checkpoint import open_checkpoint
 from kimia.model.chunking import pushes
 from kimia.model.crossfade import ReleaseSeam
 from kimia.model.detokenize import Detokenizer, Synthesis
@@ -478,3 +479,9 @@ def test_sizes_come_from_the_configs(small):
     assert small.sample_rate == VOCODER.sample_rate
     assert small.samples_per_token == VOCODER.hop * 4
     assert small.codes == FLOW.audio_codes
+
+
+def test_the_vocoder_is_float32_whatever_the_flow_model_is(tiny):
+    detokenizer = Detokenizer.load(open_checkpoint(tiny), "cpu", torch.bfloat16)
+    assert {p.dtype for p in detokenizer.dit.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in detokenizer.vocoder.parameters()} == {torch.float32}

@@ -38,6 +38,20 @@ def test_float32_accumulation_decides_the_index(points, step, index):
     assert time_grid(points).indices[step] == index
 
 
+@pytest.mark.parametrize("points", range(2, 202))
+def test_the_grid_is_what_adding_up_the_steps_gives(points):
+    """The release's own loop, in float32."""
+    grid = torch.linspace(0, 1, points, dtype=torch.float32)
+    time, indices, sizes = grid[0], [], []
+    for target in grid[1:]:
+        sizes.append(float(target - time))
+        indices.append(int(time * 1000))
+        time = time + (target - time)
+    found = time_grid(points)
+    assert found.indices == tuple(indices)
+    assert found.sizes == tuple(sizes)
+
+
 def test_naive_grid_reaches_the_end_with_a_constant_step():
     grid = time_grid(5, NAIVE_EULER)
     assert grid.indices == (0, 250, 500, 750, 1000)

@@ -196,3 +196,14 @@ def test_defaults_and_names_are_upstreams():
 def test_values_outside_the_domain_are_refused(name, value):
     with pytest.raises(ParameterError, match=name.split("_", 1)[1].removesuffix("_size")):
         Sampling.from_arguments({name: value})
+
+
+def test_a_penalty_below_one_does_nothing():
+    logits = torch.tensor([[1.0, -1.0, 0.5]])
+    params = [TrackSampling(repetition_penalty=0.5, repetition_window=0)]
+    assert torch.equal(penalise(logits, params, [[0, 1]]), logits)
+
+
+def test_the_smallest_temperature_that_draws():
+    assert TrackSampling(temperature=1e-6).greedy
+    assert not TrackSampling(temperature=2e-6).greedy
