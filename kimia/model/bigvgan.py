@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kimia.errors import AudioError
-from kimia.model.checkpoint import Source, fold_weight_norm, load_strict, safetensors_source, torch_source
+from kimia.model.checkpoint import (
+    ARCHIVE,
+    SINGLE_FILE,
+    Source,
+    fold_weight_norm,
+    load_strict,
+    safetensors_source,
+    torch_source,
+)
 from kimia.model.config import VocoderConfig
 from kimia.model.layout import SNAKE_TAPS, stage_channels
 
@@ -176,10 +184,13 @@ def load_vocoder(folder: Path, device: torch.device | str, dtype: torch.dtype) -
 
 
 def _vocoder_source(folder: Path) -> Source:
-    converted = folder / "model.safetensors"
-    if converted.exists():
-        return safetensors_source(converted)
-    return fold_weight_norm(torch_source(folder / "model.pt", "generator"))
+    converted = folder / SINGLE_FILE
+    return safetensors_source(converted) if converted.exists() else released_vocoder(folder)
+
+
+def released_vocoder(folder: Path) -> Source:
+    """The vocoder's tensors in the released `model.pt`, weight norm folded."""
+    return fold_weight_norm(torch_source(folder / ARCHIVE, "generator"))
 
 
 # ---- the spectrogram --------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ HUB_VQ_TOKENIZER = f"THUDM/{VQ_TOKENIZER}"
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ARCHIVE = "model.pt"  # of the detokenizer's two parts
 
 MAPPED_BYTES = 256 << 20  # read from one mapping of a .pt file before its pages are let go
 
@@ -175,7 +176,10 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def torch_source(path: Path, key: str) -> Source:
-    """The tensors under `key` of a `.pt` file, memory-mapped; only tensors are unpickled, never code."""
+    """The tensors under `key` of a `.pt` file, memory-mapped; no code is unpickled, and what is no tensor is left out.
+
+    A training state has more than tensors there. A weight that is none is then missed by `load_strict`.
+    """
     mapping = _Mapping(path, key)
     return {
         name: Stored(tuple(tensor.shape), _dtype_name(tensor), functools.partial(mapping.read, name))
@@ -201,8 +205,10 @@ class _Mapping:
 
 def _map_tensors(path: Path, key: str) -> dict[str, Tensor]:
     content = _load_mapped(path)
-    tensors = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(item, Tensor) for item in tensors.values()):
+    items = content.get(key) if isinstance(content, dict) else None
+    named = items.items() if isinstance(items, dict) else ()
+    tensors = {name: item for name, item in named if isinstance(name, str) and isinstance(item, Tensor)}
+    if not tensors:
         raise CheckpointError(f"{path}: has no tensors under the key {key!r}")
     return tensors
 

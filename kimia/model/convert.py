@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from kimia.errors import CheckpointError, ParameterError, WeightsError
 from kimia.model import layout
-from kimia.model.checkpoint import SINGLE_FILE, Checkpoint, Source, fold_weight_norm, torch_source
+from kimia.model.bigvgan import released_vocoder
+from kimia.model.checkpoint import ARCHIVE, SINGLE_FILE, Checkpoint, Source
 from kimia.model.config import FlowConfig, VocoderConfig
+from kimia.model.dit import released_flow
 from kimia.model.layout import Layout
 from kimia.model.writing import stored_bytes, whole_file, write_safetensors
 
-ARCHIVE = "model.pt"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -59,15 +60,13 @@ def convert(checkpoint: Checkpoint, dtype: str | None = None, *, progress: bool 
 
 
 def _flow_source(folder: Path) -> Source:
-    stored = torch_source(folder / ARCHIVE, "state_dict")
-    prefix = layout.FLOW_PREFIX
-    source = {name.replace(prefix, ""): item for name, item in stored.items() if prefix in name}
+    source = released_flow(folder)
     _check_fits(source, layout.flow(FlowConfig.read(folder / "config.yaml")), folder)
     return source
 
 
 def _vocoder_source(folder: Path) -> Source:
-    source = retyped(fold_weight_norm(torch_source(folder / ARCHIVE, "generator")), "float32")
+    source = retyped(released_vocoder(folder), "float32")
     _check_fits(source, layout.vocoder(VocoderConfig.read(folder / "config.json")), folder)
     return source
 

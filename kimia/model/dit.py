@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kimia.model.attention import Visible, attention
-from kimia.model.checkpoint import Source, load_strict, safetensors_source, torch_source
+from kimia.model.checkpoint import ARCHIVE, SINGLE_FILE, Source, load_strict, safetensors_source, torch_source
 from kimia.model.config import FlowConfig
 from kimia.model.layout import FLOW_PREFIX, TIME_FEATURES
 
@@ -318,9 +318,14 @@ def load_dit(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Di
 
 
 def _flow_source(folder: Path) -> Source:
-    converted = folder / "model.safetensors"
-    if converted.exists():
-        return safetensors_source(converted)
-    # The released file holds a whole training state: what is not the speech model (resampler.kernel, ...) is ignored.
-    released = torch_source(folder / "model.pt", "state_dict")
+    converted = folder / SINGLE_FILE
+    return safetensors_source(converted) if converted.exists() else released_flow(folder)
+
+
+def released_flow(folder: Path) -> Source:
+    """The flow model's tensors in the released `model.pt`, unprefixed.
+
+    The file holds a whole training state: what is not the speech model (resampler.kernel, ...) is ignored.
+    """
+    released = torch_source(folder / ARCHIVE, "state_dict")
     return {name.replace(FLOW_PREFIX, ""): item for name, item in released.items() if FLOW_PREFIX in name}

@@ -227,6 +227,12 @@ def test_archive_without_tensors_under_the_key(tmp_path, content):
         torch_source(tmp_path / "model.pt", "state_dict")
 
 
+def test_what_is_no_tensor_is_left_out(tmp_path):
+    content = {"a": torch.ones(2), "epoch": 3, "history": [1.0], 7: torch.ones(1), "nothing": None}
+    torch.save({"state_dict": content, "step": 5}, tmp_path / "model.pt")
+    assert list(torch_source(tmp_path / "model.pt", "state_dict")) == ["a"]
+
+
 def test_remapped_archive_reads_the_same(tmp_path, monkeypatch):
     tensors = {str(index): torch.randn(50) for index in range(6)}
     torch.save({"state_dict": tensors}, tmp_path / "model.pt")

@@ -32,6 +32,30 @@ def test_conversion_keeps_every_weight(tiny_copy):
         assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
 
 
+def test_the_rest_of_a_training_state_is_ignored(tiny_copy):
+    checkpoint = open_checkpoint(tiny_copy)
+    before, _ = weights(checkpoint)
+    path = checkpoint.flow / "model.pt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"] |= {"epoch": 3, "optimizer": {"lr": [1e-4]}, "ema.decay": torch.ones(1)}
+    torch.save(content | {"global_step": 7}, path)
+    after, _ = weights(checkpoint)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert len(convert(checkpoint, progress=False)) == 2
+
+
+def test_a_weight_that_is_no_tensor_is_missed(tiny_copy):
+    checkpoint = open_checkpoint(tiny_copy)
+    path = checkpoint.flow / "model.pt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["speech_model.input_linear.bias"] = [0.0]
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match=r"missing: input_linear\.bias"):
+        weights(checkpoint)
+    with pytest.raises(WeightsError, match=r"first in input_linear\.bias"):
+        convert(checkpoint, progress=False)
+
+
 def test_names_are_stripped_and_weight_norm_is_folded(tiny_copy):
     checkpoint = open_checkpoint(tiny_copy)
     convert(checkpoint, progress=False)
