@@ -31,6 +31,10 @@ SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 ARCHIVE = "model.pt"  # of the detokenizer's two parts
 
+# What a download fetches of a hub repository, and leaves out where no speech is wanted: 20 GB.
+FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", "*.model", "LICENSE*", "README*")
+DETOKENIZER_FILES = ("audio_detokenizer/*", "vocoder/*")
+
 MAPPED_BYTES = 256 << 20  # read from one mapping of a .pt file before its pages are let go
 
 INCOMPLETE = "the download is incomplete, fetch it again"
@@ -78,12 +82,15 @@ class Checkpoint:
         return self.root / "vocoder"
 
 
-def open_checkpoint(model: str | Path, vq_tokenizer: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, vq_tokenizer: str | Path | None = None, *, detokenizer: bool = True
+) -> Checkpoint:
     """Find a checkpoint by local path or hub id; nothing is read but the folder names.
 
     The VQ tokenizer is looked for inside the model folder, then beside it; with a hub id it comes from the hub.
+    Without `detokenizer`, a download leaves its files out. Raises CheckpointError.
     """
-    root = resolve(model)
+    root = resolve(model, detokenizer=detokenizer)
     if vq_tokenizer is not None:
         return Checkpoint(root, resolve(vq_tokenizer))
     for folder in (root / VQ_TOKENIZER, root.parent / VQ_TOKENIZER):
@@ -97,22 +104,25 @@ def open_checkpoint(model: str | Path, vq_tokenizer: str | Path | None = None) -
     return Checkpoint(root, resolve(HUB_VQ_TOKENIZER))
 
 
-def resolve(location: str | Path) -> Path:
-    """A local folder as it is, or a hub id `owner/name` downloaded (with a progress bar) to the hub's cache."""
+def resolve(location: str | Path, *, detokenizer: bool = True) -> Path:
+    """A local folder as it is, or a hub id `owner/name` downloaded (with a progress bar) to the hub's cache.
+
+    Without `detokenizer` its files are not downloaded. Raises CheckpointError.
+    """
     path = Path(location)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)) or path.exists():
         raise CheckpointError(f"{location}: neither a folder nor a hub id of the form owner/name")
-    return _download(str(location))
+    return _download(str(location), () if detokenizer else DETOKENIZER_FILES)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, left_out: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id))
+        return Path(snapshot_download(hub_id, allow_patterns=list(FETCHED), ignore_patterns=list(left_out)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"{hub_id}: no such local folder, and the hub does not give it ({error})") from error
 

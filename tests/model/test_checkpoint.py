@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch import nn
 
@@ -63,7 +64,7 @@ def test_neither_folder_nor_hub_id(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("no route"), ValueError("not a repo id")])
 def test_a_hub_that_does_not_answer(monkeypatch, error):
-    def fail(_):
+    def fail(_, **patterns):
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
@@ -72,8 +73,41 @@ def test_a_hub_that_does_not_answer(monkeypatch, error):
 
 
 def test_a_hub_id_is_downloaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **patterns: str(tmp_path / name))
     assert resolve("owner/name") == tmp_path / "owner" / "name"
+
+
+RELEASED = [
+    "LICENSE",
+    "README.md",
+    "config.json",
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "model.safetensors.index.json",
+    "model-1-of-35.safetensors",
+    "whisper-large-v3/config.json",
+    "whisper-large-v3/preprocessor_config.json",
+    "whisper-large-v3/model.safetensors",
+]
+SPOKEN = ["audio_detokenizer/config.yaml", "audio_detokenizer/model.pt", "vocoder/config.json", "vocoder/model.pt"]
+UNREAD = ["assets/demo.wav", "modeling_moonshot_kimia.py", ".gitattributes"]
+
+
+@pytest.mark.parametrize("detokenizer", [True, False])
+def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path, detokenizer):
+    fetched = {}
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        files = filter_repo_objects(
+            RELEASED + SPOKEN + UNREAD, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        fetched[name] = list(files)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = open_checkpoint("owner/name", detokenizer=detokenizer)
+    assert found.vq_tokenizer == tmp_path / checkpoint.HUB_VQ_TOKENIZER
+    assert fetched["owner/name"] == RELEASED + SPOKEN * detokenizer
 
 
 # ---- safetensors ----
