@@ -102,17 +102,17 @@ def _mapped(scratch: Path, source: Source) -> dict[str, Tensor]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to, and move it into place when the block ends well.
 
+    A link is replaced, not written through: in the hub's cache it leads to a file that is named by its content.
     Raises CheckpointError when the disk refuses: no permission, no room, too long a name.
     """
     with _write_errors(path):
-        target = _resolved(path)
-        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)
         os.close(handle)
         partial = Path(name)
         try:
             yield partial
             partial.chmod(0o644)  # mkstemp's are private
-            partial.replace(target)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -124,7 +124,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises CheckpointError when `folder` exists and is not an empty folder, and when the disk refuses.
     """
     with _write_errors(folder):
-        target = _resolved(folder)
+        target = Path(os.path.realpath(folder))  # Path.resolve raises no OSError where links go round in a circle
         present = target.exists()
         if present and not (target.is_dir() and not any(target.iterdir())):
             raise CheckpointError(f"{folder}: exists and is not empty; name a new folder")
@@ -140,10 +140,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _resolved(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve raises no OSError where links go round in a circle
 
 
 @contextmanager
