@@ -208,7 +208,7 @@ class KimiAudio:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         speaks = load_detokenizer and not text_only
-        checkpoint = open_checkpoint(model_path, vq_tokenizer)
+        checkpoint = open_checkpoint(model_path, vq_tokenizer, detokenizer=speaks)
         self.config: LMConfig = read_configs(checkpoint, detokenizer=speaks).lm
         self.tokenizer = TextTokenizer.load(checkpoint.root, self.config)
         self.encoder = AudioEncoder.load(checkpoint, self.config.adaptor_input_dim, self.device, self.dtype)

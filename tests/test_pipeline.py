@@ -386,3 +386,14 @@ def test_text_only_gives_the_same_text_without_the_audio_branch(tiny: Path) -> N
     assert not any(name.startswith(("model.mimo", "mimo")) for name, _ in small.lm.named_parameters())
     with pytest.raises(ParameterError, match="text only"):
         small.stream(ASK, "both")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"), [({}, True), ({"load_detokenizer": False}, False), ({"text_only": True}, False)]
+)
+def test_only_what_is_needed_is_fetched(tiny: Path, monkeypatch, options: dict, wanted: bool) -> None:
+    asked = []
+    real = kimia.pipeline.open_checkpoint
+    monkeypatch.setattr(kimia.pipeline, "open_checkpoint", lambda *a, **k: asked.append(k) or real(*a, **k))
+    KimiAudio(tiny, **options)
+    assert asked == [{"detokenizer": wanted}]

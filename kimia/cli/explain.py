@@ -80,7 +80,7 @@ def _prompt(messages: Sequence[Any], args: argparse.Namespace) -> tuple[Prompt, 
     from kimia.model.vq import load_vq
     from kimia.pipeline import CodesOnly, load_clips
 
-    checkpoint = open_checkpoint(model_location(args), args.vq_tokenizer)
+    checkpoint = open_checkpoint(model_location(args), args.vq_tokenizer, detokenizer=False)
     configs = read_configs(checkpoint, detokenizer=False)
     tokenizer = TextTokenizer.load(checkpoint.root, configs.lm)
     parsed = parse_conversation(messages, configs.lm)
