@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kimia.errors import KimiaError
+
+if TYPE_CHECKING:
+    from kimia.verify.report import Outcome
 
 EXAMPLES = """\
 DIR is one golden set or a folder of several; a set is the folder of a stage (tokenizer, llm, detokenizer, e2e) with its
@@ -20,7 +24,8 @@ One line per case, the last line counts them:
 
   PASS|FAIL|SKIP stage file.name error<=tolerance
 
-The exit code is 0 when all cases pass, 1 when one fails, 2 when there is no case or the data cannot be read.
+A case whose data cannot be read fails with the reason, and the report goes on. The exit code is 0 when all cases pass,
+1 when one misses, 2 when there is no case or when data cannot be read.
 """
 UNREADABLE = 2  # exit code
 
@@ -44,13 +49,22 @@ def run(args: argparse.Namespace) -> int:
     try:
         for outcome in verify(args.folder, choose_device(args.device)):
             counts[outcome.status] += 1
-            print(outcome, flush=True)
+            counts["unreadable"] += outcome.unreadable
+            _show(outcome)
     except KimiaError as error:
+        counts["unreadable"] += 1
         print(f"error: {error}", file=sys.stderr)
-        return UNREADABLE
     compared = counts["PASS"] + counts["FAIL"]
     print(f"{counts['PASS']}/{compared} cases")
-    if not compared:
+    if not compared and not counts["unreadable"]:
         print(f"error: {args.folder}: holds no case that can be compared", file=sys.stderr)
+    if not compared or counts["unreadable"]:
         return UNREADABLE
     return 1 if counts["FAIL"] else 0
+
+
+def _show(outcome: Outcome) -> None:
+    if outcome.status == "ERROR":
+        print(f"error: {outcome.detail}", file=sys.stderr)
+    else:
+        print(outcome, flush=True)

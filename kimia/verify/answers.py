@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from kimia.model.config import LMConfig
 from kimia.model.generate import GenerateOptions, Result, Step, TrackTokens, Uniforms, collect, generate
 from kimia.model.lm import DualTrackLM, Row, stack
+from kimia.model.prompt import Prompt, steps_allowed
 from kimia.model.text import TextTokenizer
 from kimia.verify.report import Comparison
 
@@ -31,6 +33,13 @@ def injected(uniforms: Sequence[float] | None) -> Uniforms | None:
     return None if uniforms is None else lambda track, step: uniforms[2 * step + track]
 
 
+def budget(prompt: Prompt, output_type: Any, given: int | None, config: LMConfig) -> int:
+    """Steps of a stored run: the budget in force, or upstream's rule where none is given."""
+    if given is not None and given >= 0:
+        return given
+    return steps_allowed(len(prompt), output_type, given, config, "upstream")
+
+
 def compare_answer(
     comparison: Comparison, speaker: Speaker, row: Row, options: GenerateOptions, expected: Mapping[str, Any]
 ) -> Result:
@@ -39,8 +48,7 @@ def compare_answer(
     fast = list(generate(speaker.lm, row, speaker.tokens, replace(options, plain=False)))
     result = collect(plain, speaker.tokens, options.output_type)
     actual = _facts(plain, result, speaker.tokenizer)
-    for name in (name for name in actual if name in expected):
-        comparison.same(name, actual[name], expected[name])
+    comparison.same_fields(actual, expected)
     saved = _facts(fast, collect(fast, speaker.tokens, options.output_type), speaker.tokenizer)
     for name in STREAMS:
         comparison.same(f"{name} of the fast path", saved[name], expected.get(name, actual[name]))

@@ -13,12 +13,12 @@ from kimia.model.chunking import pushes
 from kimia.model.generate import GenerateOptions
 from kimia.model.lm import Row, stack
 from kimia.model.presets import UPSTREAM
-from kimia.model.prompt import Prompt, steps_allowed
+from kimia.model.prompt import steps_allowed
 from kimia.model.sampler import Sampling
 from kimia.pipeline import prompt_row
-from kimia.verify.answers import compare_answer, compare_logits, injected
-from kimia.verify.files import CORRECTED
-from kimia.verify.llm_set import STAGE, TOLERANCE, GoldenLM, compare_layout, listed
+from kimia.verify.answers import budget, compare_answer, compare_logits, injected
+from kimia.verify.files import CORRECTED, listed
+from kimia.verify.llm_set import STAGE, TOLERANCE, GoldenLM, compare_layout
 from kimia.verify.report import Case, Comparison
 
 LOGITS = "decode_logits.safetensors"
@@ -29,8 +29,8 @@ TRACKS = ("text", "audio")
 def decoding_cases(golden: GoldenLM) -> Iterator[Case]:
     """The cases of decode.json, none where the set has no such file."""
     decode = golden.json("decode.json")
-    yield from listed("decode", decode.get("runs") or [], golden, _compare_run)
-    yield from listed("decode.generate_api", decode.get("generate_api") or [], golden, _compare_api)
+    yield from listed(STAGE, "decode", decode.get("runs") or [], partial(_compare_run, golden))
+    yield from listed(STAGE, "decode.generate_api", decode.get("generate_api") or [], partial(_compare_api, golden))
     if ZERO_STEP in decode:
         yield Case(STAGE, f"decode.{ZERO_STEP}", partial(_compare_zero_step, golden, decode[ZERO_STEP]))
 
@@ -42,23 +42,16 @@ def _compare_run(golden: GoldenLM, run: Mapping[str, Any], comparison: Compariso
     row = prompt_row(prompt)
     options = GenerateOptions(
         output_type=run["output_type"],
-        max_steps=_budget(golden, prompt, run["output_type"], run["max_new_tokens"]),
+        max_steps=budget(prompt, run["output_type"], run.get("max_new_tokens"), golden.config),
         sampling=Sampling.from_arguments(run.get("sampling") or {}),
         uniforms=injected(run.get("uniforms")),
     )
     result = compare_answer(comparison, golden.speaker, row, options, run)
     stored = golden.tensors(LOGITS) if (golden.goldens / LOGITS).exists() else {}
-    names = {track: f"{run['name']}.{track}_logits" for track in TRACKS}
+    names = {track: f"{run.get('name')}.{track}_logits" for track in TRACKS}
     logits = {track: stored[name] for track, name in names.items() if name in stored}
     if logits and result.text_stream:
         compare_logits(comparison, golden.speaker.lm, row, result, logits)
-
-
-def _budget(golden: GoldenLM, prompt: Prompt, output_type: Any, given: int | None) -> int:
-    """Steps of a stored run: the budget in force, or upstream's rule where none is given."""
-    if given is not None and given >= 0:
-        return given
-    return steps_allowed(len(prompt), output_type, given, golden.config, "upstream")
 
 
 def _compare_api(golden: GoldenLM, call: Mapping[str, Any], comparison: Comparison) -> None:

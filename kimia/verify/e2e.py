@@ -6,18 +6,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from kimia.errors import AudioError, GoldenSetError
 from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
 from kimia.model.chunking import Push, pushes
 from kimia.model.config import LMConfig
-from kimia.model.conversation import parse_conversation
+from kimia.model.conversation import Message, parse_conversation
 from kimia.model.crossfade import ReleaseSeam
 from kimia.model.detokenize import UPSAMPLE, Detokenizer
 from kimia.model.encode import AudioEncoder
@@ -28,24 +29,19 @@ from kimia.model.prompt import Prompt, build_prompt
 from kimia.model.sampler import Sampling
 from kimia.model.text import TextTokenizer
 from kimia.pipeline import encode_clips, load_clips, prompt_row, track_tokens
-from kimia.verify.answers import Speaker, compare_answer, injected
-from kimia.verify.files import compare_wave, read_json, read_sound, read_tensors, skip_reason
+from kimia.verify.answers import Speaker, budget, compare_answer, injected
+from kimia.verify.files import compare_wave, listed, read_json, read_sound, read_tensors, wave_facts
 from kimia.verify.report import Case, Comparison
 
 STAGE = "e2e"
 WAVE_TOLERANCE = 1e-4
 
 
-def cases(folder: Path, device: torch.device) -> Iterator[Case]:
-    """All cases of a set; models are loaded when the first case needs them."""
+def listings(folder: Path, device: torch.device) -> Iterator[Iterator[Case]]:
+    """The sound files of a set, then its conversations; models are loaded when the first case needs them."""
     golden = _Set(folder, device)
-    for path, expected in (golden.spec.get("audio") or {}).items():
-        yield Case(STAGE, f"audio.{path}", partial(_compare_audio, golden, path, expected))
-    entries = golden.spec["cases"]
-    names = [entry["name"] for entry in entries]
-    for entry in entries:
-        skip = skip_reason(entry["name"], entry, names)
-        yield Case(STAGE, f"cases.{entry['name']}", None if skip else partial(_compare_case, golden, entry), skip)
+    yield _audio_cases(golden)
+    yield listed(STAGE, "cases", golden.spec["cases"], partial(_compare_case, golden))
 
 
 class _Set:
@@ -103,15 +99,14 @@ class _Set:
 # ---- sound files ------------------------------------------------------------------------------------------------
 
 
+def _audio_cases(golden: _Set) -> Iterator[Case]:
+    for path, expected in (golden.spec.get("audio") or {}).items():
+        yield Case(STAGE, f"audio.{path}", partial(_compare_audio, golden, path, expected))
+
+
 def _compare_audio(golden: _Set, path: str, expected: Mapping[str, Any], comparison: Comparison) -> None:
     wave = read_sound(golden.folder / path, golden.encoder.sample_rate)
-    actual = {
-        "samples_16k": len(wave),
-        "wav16k_sha256_f32le": hashlib.sha256(wave.astype("<f4").tobytes()).hexdigest(),
-        "vq_codes": golden.encoder.vq.encode([wave])[0],
-    }
-    for name in (name for name in actual if name in expected):
-        comparison.same(name, actual[name], expected[name])
+    comparison.same_fields(wave_facts(wave) | {"vq_codes": golden.encoder.vq.encode([wave])[0]}, expected)
 
 
 # ---- conversations ----------------------------------------------------------------------------------------------
@@ -119,14 +114,18 @@ def _compare_audio(golden: _Set, path: str, expected: Mapping[str, Any], compari
 
 def _compare_case(golden: _Set, case: Mapping[str, Any], comparison: Comparison) -> None:
     prompt = _prompt(golden, case)
-    comparison.same("prompt_audio_ids", prompt.audio_ids, case["prompt_audio_ids"])
-    comparison.same("prompt_text_ids", prompt.text_ids, case["prompt_text_ids"])
-    comparison.same("is_continuous_mask", prompt.is_continuous, case["is_continuous_mask"])
-    frames = [len(rows) for rows in prompt.features or ()]
-    comparison.same("continuous_feature_frames", frames, case.get("continuous_feature_frames") or [])
+    layout = {
+        "prompt_audio_ids": prompt.audio_ids,
+        "prompt_text_ids": prompt.text_ids,
+        "is_continuous_mask": prompt.is_continuous,
+    }
+    comparison.same_fields(layout, case)
+    if "continuous_feature_frames" in case:
+        frames = [len(rows) for rows in prompt.features or ()]
+        comparison.same("continuous_feature_frames", frames, case["continuous_feature_frames"] or [])
     options = GenerateOptions(
         output_type=case["output_type"],
-        max_steps=case["max_new_tokens"],  # the budget in force
+        max_steps=budget(prompt, case["output_type"], case.get("max_new_tokens"), golden.config),
         sampling=Sampling.from_arguments(case.get("sampling") or {}),
         uniforms=injected(case.get("uniforms")),
     )
@@ -138,9 +137,17 @@ def _compare_case(golden: _Set, case: Mapping[str, Any], comparison: Comparison)
 def _prompt(golden: _Set, case: Mapping[str, Any]) -> Prompt:
     located = [_located(golden.folder, message) for message in case["messages"]]
     messages = parse_conversation(located, golden.config, must_end_with_user=False)
-    waves = load_clips(messages, golden.encoder.sample_rate) if any(m.audio for m in messages) else {}
+    waves = _heard(golden, messages) if any(message.audio for message in messages) else {}
     clips = encode_clips(messages, waves, golden.encoder) if waves else {}
     return build_prompt(messages, clips, case["output_type"], golden.config, golden.speaker.tokenizer)
+
+
+def _heard(golden: _Set, messages: Sequence[Message]) -> dict[int, np.ndarray]:
+    """The waveforms of a conversation's sound files, which are part of the set."""
+    try:
+        return load_clips(messages, golden.encoder.sample_rate)
+    except AudioError as error:
+        raise GoldenSetError(str(error)) from error
 
 
 def _located(folder: Path, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,18 +166,16 @@ def _located(folder: Path, message: Mapping[str, Any]) -> dict[str, Any]:
 def _compare_speech(golden: _Set, case: Mapping[str, Any], codes: Sequence[int], comparison: Comparison) -> None:
     """Chunk plan and waveform, from the codes that this library generated."""
     if not codes:
-        comparison.same("wav_samples", 0, case["wav_samples"])
+        comparison.same_fields({"wav_samples": 0}, case)
         return
     plan = list(pushes(golden.preset, codes))
-    comparison.same("n_chunks", len(plan), case["n_chunks"])
-    stored = read_tensors(golden.folder / case["file"])
+    stored = read_tensors(golden.folder / (case.get("file") or f"{case['name']}.safetensors"))
     pieces = _synthesised(golden, plan, stored)
-    for index, (push, piece, expected) in enumerate(zip(plan, pieces, case["chunks"], strict=False)):
+    for index, (push, piece, expected) in enumerate(zip(plan, pieces, case.get("chunks") or (), strict=False)):
         actual = {"tokens": len(push.tokens), "is_final": push.final, "samples": len(piece)}
-        for name in (name for name in actual if name in expected):
-            comparison.same(f"{name} of chunk {index}", actual[name], expected[name])
+        comparison.same_fields(actual, expected, f" of chunk {index}")
     wave = torch.cat(pieces)
-    comparison.same("wav_samples", len(wave), case["wav_samples"])
+    comparison.same_fields({"n_chunks": len(plan), "wav_samples": len(wave)}, case)
     compare_wave(comparison, "wav", wave, stored["wav"], WAVE_TOLERANCE)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from kimia.errors import AudioError, GoldenSetError
 from kimia.model.audio import load_audio
-from kimia.verify.report import Comparison
+from kimia.verify.report import Case, Comparison
 
 INT16_SCALE = 32767  # stored waveforms are round(32767 * wave)
 PCM_SCALE = 32768.0  # of recorded samples
@@ -33,6 +35,8 @@ def read_json(path: Path) -> Any:
         raise GoldenSetError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # neither JSON nor UTF-8
         raise GoldenSetError(f"{path}: is not JSON ({error})") from error
+    except RecursionError as error:
+        raise GoldenSetError(f"{path}: is nested too deeply to be read") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -58,6 +62,14 @@ def read_sound(path: Path, rate: int) -> np.ndarray:
         return load_audio(path, rate)
     except AudioError as error:
         raise GoldenSetError(str(error)) from error
+
+
+def wave_facts(wave: np.ndarray) -> dict[str, Any]:
+    """What the sets store of a waveform (S,) at the model's rate: its length and a digest of its float32 samples."""
+    return {
+        "samples_16k": len(wave),
+        "wav16k_sha256_f32le": hashlib.sha256(wave.astype("<f4").tobytes()).hexdigest(),
+    }
 
 
 def join_pieces(folder: Path, pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -97,3 +109,32 @@ def skip_reason(name: str, entry: Any, names: Collection[str]) -> str:
     if "upstream" in name and any(name.replace("upstream", word) in names for word in CORRECTED):
         return "the release's variant; the corrected one beside it is compared"
     return ""
+
+
+def listed(
+    stage: str,
+    file: str,
+    entries: Sequence[Any] | Mapping[str, Any],
+    compare: Callable[[Mapping[str, Any], Comparison], None],
+) -> Iterator[Case]:
+    """One case per entry, named `<file>.<name>`; an entry of a list without a name goes by its place.
+
+    What else is wrong with an entry shows when it is run, so that it spoils no other.
+    """
+    named = _named(entries)
+    names = [name for name, _ in named]
+    for name, entry in named:
+        skip = skip_reason(name, entry, names)
+        yield Case(stage, f"{file}.{name}", None if skip else partial(compare, entry), skip)
+
+
+def _named(entries: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Entries with their names; those of a mapping are given theirs as a field."""
+    if isinstance(entries, Mapping):
+        return [
+            (name, {**entry, "name": name} if isinstance(entry, Mapping) else entry) for name, entry in entries.items()
+        ]
+    return [
+        (str(entry.get("name", f"[{place}]")) if isinstance(entry, Mapping) else f"[{place}]", entry)
+        for place, entry in enumerate(entries)
+    ]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,27 +18,37 @@ from kimia.errors import KimiaError
 from kimia.model.conversation import parse_conversation
 from kimia.model.lm import Activations, Row, stack
 from kimia.model.prompt import build_prompt
-from kimia.model.sampler import TrackSampling, choose, distribution, penalise
+from kimia.model.sampler import Sampling, TrackSampling, choose, distribution, penalise
 from kimia.model.text import SYMBOLS
 from kimia.verify.decoding import decoding_cases
-from kimia.verify.llm_set import STAGE, TOLERANCE, GoldenLM, compare_layout, listed
+from kimia.verify.files import listed
+from kimia.verify.llm_set import STAGE, TOLERANCE, GoldenLM, compare_layout
 from kimia.verify.report import Case, Comparison
 
-__all__ = ["STAGE", "cases"]
+__all__ = ["STAGE", "listings"]
 
 PROBABILITY_TOLERANCE = 1e-6
 ACCEPTED = ("audio_tokens_given",)  # listed as rejected for a defect of the release
+SAMPLING = {  # name in a stored case -> field of TrackSampling
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "repetition_penalty": "repetition_penalty",
+    "window": "repetition_window",
+}
 ACTIVATIONS = [field.name for field in fields(Activations)]
 
 
-def cases(folder: Path, device: torch.device) -> Iterator[Case]:
-    """All cases of a set; the model is loaded when the first case needs it."""
+def listings(folder: Path, device: torch.device) -> Iterator[Iterator[Case]]:
+    """The cases of a set file by file; the model is loaded when the first case needs it."""
     golden = GoldenLM(folder, device)
-    yield from _prompt_cases(golden)
-    prefill = golden.json("prefill.json").get("cases") or {}
-    yield from listed("prefill", [{**case, "name": name} for name, case in prefill.items()], golden, _compare_prefill)
-    yield from decoding_cases(golden)
-    yield from listed("sampler", golden.json("sampler.json").get("cases") or [], golden, _compare_sampler)
+    yield _prompt_cases(golden)
+    yield _prefill_cases(golden)
+    yield decoding_cases(golden)
+    yield _sampler_cases(golden)
+    yield _finetune_cases(golden)
+
+
+def _finetune_cases(golden: GoldenLM) -> Iterator[Case]:
     finetune = golden.json("finetune.json")
     keys = [sample["key"] for sample in finetune.get("samples") or []] + [key for key in finetune if key == "batch"]
     for key in keys:
@@ -54,8 +64,8 @@ def _prompt_cases(golden: GoldenLM) -> Iterator[Case]:
         yield Case(STAGE, "prompts.text_tokens", partial(_compare_text_tokens, golden))
     if "special_tokens" in prompts:
         yield Case(STAGE, "prompts.special_tokens", partial(_compare_special_tokens, golden))
-    yield from listed("prompts", prompts.get("cases") or [], golden, _compare_prompt)
-    yield from listed("prompts.rejected", prompts.get("rejected") or [], golden, _compare_rejected)
+    yield from listed(STAGE, "prompts", prompts.get("cases") or [], partial(_compare_prompt, golden))
+    yield from listed(STAGE, "prompts.rejected", prompts.get("rejected") or [], partial(_compare_rejected, golden))
 
 
 def _compare_text_tokens(golden: GoldenLM, comparison: Comparison) -> None:
@@ -81,7 +91,7 @@ def _compare_prompt(golden: GoldenLM, case: Mapping[str, Any], comparison: Compa
 
 def _compare_rejected(golden: GoldenLM, case: Mapping[str, Any], comparison: Comparison) -> None:
     """The whole check of a conversation that is to be answered."""
-    accepted = case["name"] in ACCEPTED
+    accepted = case.get("name") in ACCEPTED
     try:
         messages = parse_conversation(case["messages"], golden.config)
         build_prompt(messages, golden.clips(messages), case["output_type"], golden.config, golden.tokenizer)
@@ -92,6 +102,11 @@ def _compare_rejected(golden: GoldenLM, case: Mapping[str, Any], comparison: Com
 
 
 # ---- activations ------------------------------------------------------------------------------------------------
+
+
+def _prefill_cases(golden: GoldenLM) -> Iterator[Case]:
+    prefill = golden.json("prefill.json")
+    yield from listed(STAGE, "prefill", prefill.get("cases") or {}, partial(_compare_prefill, golden))
 
 
 def _compare_prefill(golden: GoldenLM, case: Mapping[str, Any], comparison: Comparison) -> None:
@@ -145,14 +160,26 @@ def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
 # ---- sampler ----------------------------------------------------------------------------------------------------
 
 
+def _sampler_cases(golden: GoldenLM) -> Iterator[Case]:
+    sampler = golden.json("sampler.json")
+    yield from listed(STAGE, "sampler", sampler.get("cases") or [], partial(_compare_sampler, golden))
+
+
+def _sampling(case: Mapping[str, Any]) -> TrackSampling:
+    """A stored case's parameters; those that are absent are the release's defaults of its head."""
+    given = {field: case[name] for name, field in SAMPLING.items() if case.get(name) is not None}
+    defaults: TrackSampling = getattr(Sampling(), case.get("head") or "text")
+    return replace(defaults, **given)
+
+
 def _compare_sampler(golden: GoldenLM, case: Mapping[str, Any], comparison: Comparison) -> None:
     """Penalised logits, log-probabilities, and what can be drawn; where the release raises, what it should give."""
-    prefix = f"{case.get('key', case['name'])}."
+    prefix = f"{case.get('key') or case['name']}."
     stored = golden.tensors("sampler.safetensors")
     expected = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
     logits = expected["logits"]
     logits = logits.reshape(-1, logits.shape[-1])[-1:].to(golden.device)  # (1, V), the last position
-    params = [TrackSampling(case["temperature"], case["top_k"], case["repetition_penalty"], case["window"])]
+    params = [_sampling(case)]
     histories = [case.get("recent") or []]
     penalised = penalise(logits, params, histories)
     actual = {"penalised_logits": penalised[0], "logprobs": penalised[0].log_softmax(-1)}

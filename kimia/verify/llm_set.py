@@ -1,4 +1,4 @@
-"""What the language model's golden sets are read through: files, prompts of stored conversations, listings.
+"""What the language model's golden sets are read through: files and prompts of stored conversations.
 
 The clips of the conversations are given by name as codes and features (`audio_inputs` of prompts.json,
 audio_features.safetensors), so no encoder takes part.
@@ -6,8 +6,8 @@ audio_features.safetensors), so no encoder takes part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from kimia.model.prompt import Encoded, Prompt, build_prompt, loss_masks
 from kimia.model.text import TextTokenizer
 from kimia.pipeline import CodesOnly, track_tokens
 from kimia.verify.answers import Speaker
-from kimia.verify.files import read_json, read_tensors, skip_reason
-from kimia.verify.report import Case, Comparison
+from kimia.verify.files import read_json, read_tensors
+from kimia.verify.report import Comparison
 
 STAGE = "llm"
 TOLERANCE = 5e-5
@@ -100,20 +100,7 @@ class GoldenLM:
 
     def prompt_case(self, name: str) -> Mapping[str, Any]:
         """An entry of prompts.json by name."""
-        return next(case for case in self.prompts["cases"] if case["name"] == name)
-
-
-def listed(
-    file: str,
-    entries: Sequence[Mapping[str, Any]],
-    golden: GoldenLM,
-    compare: Callable[[GoldenLM, Mapping[str, Any], Comparison], None],
-) -> Iterator[Case]:
-    """One case per entry of a list, named `<file>.<name>`."""
-    names = [entry["name"] for entry in entries]
-    for entry in entries:
-        skip = skip_reason(entry["name"], entry, names)
-        yield Case(STAGE, f"{file}.{entry['name']}", None if skip else partial(compare, golden, entry), skip)
+        return next(case for case in self.prompts["cases"] if case.get("name") == name)
 
 
 def compare_layout(golden: GoldenLM, prompt: Prompt, case: Mapping[str, Any], comparison: Comparison) -> None:
@@ -128,8 +115,7 @@ def compare_layout(golden: GoldenLM, prompt: Prompt, case: Mapping[str, Any], co
         "audio_loss_mask": audio_mask,
         "text_loss_mask": text_mask,
     }
-    for name in (name for name in actual if name in case):
-        comparison.same(name, actual[name], case[name])
+    comparison.same_fields(actual, case)
     order = case.get("continuous_feature_order")
     if order is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,11 @@ class Comparison:
         else:
             self._note(f"{what}: {_short(left)} instead of {_short(right)}", math.inf, 0.0)
 
+    def same_fields(self, actual: Mapping[str, Any], stored: Mapping[str, Any], where: str = "") -> None:
+        """Compare exactly what is stored of some facts; fields that are absent are not compared."""
+        for name in (name for name in actual if name in stored):
+            self.same(f"{name}{where}", actual[name], stored[name])
+
     def fail(self, what: str) -> None:
         """A miss without a number."""
         self._note(what, math.inf, 0.0)
@@ -72,43 +77,43 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The line of one case."""
+    """The line of one case, or the complaint about cases that cannot be listed."""
 
-    status: str  # PASS | FAIL | SKIP
+    status: str  # PASS | FAIL | SKIP | ERROR
     stage: str
     name: str
     detail: str
+    unreadable: bool = False  # the fault lies in the stored data
 
     def __str__(self) -> str:
         return f"{self.status} {self.stage} {self.name} {self.detail}"
 
 
 def run_case(case: Case) -> Outcome:
-    """Run a case. An error that kimia or torch raises inside it is a miss, not the end of the report.
-
-    Data that cannot be read do end it: raises GoldenSetError, or CheckpointError from loading.
-    """
+    """Run a case. Whatever is wrong inside it, its data included, is a miss of this case, not the end of the report."""
     if case.run is None:
         return Outcome("SKIP", case.stage, case.name, f"0<=0 {case.skip}")
     comparison = Comparison()
     try:
         case.run(comparison)
-    except (GoldenSetError, CheckpointError):
-        raise
+    except (GoldenSetError, CheckpointError) as error:
+        return _unreadable(case, _first_line(error))
     except (KeyError, TypeError, AttributeError, StopIteration) as error:  # a field is missing or of another type
-        raise GoldenSetError(f"{case.stage} {case.name}: the stored case is malformed ({error!r})") from error
-    except (KimiaError, RuntimeError, IndexError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        comparison.fail(f"{type(error).__name__}: {first_line}")
+        return _unreadable(case, f"the stored case is malformed ({error!r})")
+    except (KimiaError, RuntimeError, IndexError, ValueError, ArithmeticError) as error:
+        comparison.fail(f"{type(error).__name__}: {_first_line(error)}")
     detail = f"{comparison.error:.2g}<={comparison.tolerance:g}"
     if comparison.passed:
         return Outcome("PASS", case.stage, case.name, detail)
-    return Outcome("FAIL", case.stage, case.name, f"{detail} {comparison.what}")
+    return Outcome("FAIL", case.stage, case.name, f"{detail} {comparison.what or 'nothing was compared'}")
 
 
-def run_cases(cases: Iterator[Case]) -> Iterator[Outcome]:
-    """Run cases one after the other, lazily, so that a report grows line by line."""
-    return (run_case(case) for case in cases)
+def _unreadable(case: Case, reason: str) -> Outcome:
+    return Outcome("FAIL", case.stage, case.name, f"inf<=0 {reason}", unreadable=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _array(value: Any) -> npt.NDArray[np.float64]:

@@ -73,10 +73,12 @@ def test_one_wrong_number_in_a_stage_exits_1(sets, damage, capsys):
 
 
 def shown(arguments, capsys) -> str:
+    """What is printed of unreadable data: the count stays the last line."""
     assert main(["verify", *map(str, arguments)]) == 2
     streams = capsys.readouterr()
     assert "Traceback" not in streams.out + streams.err
-    return streams.err
+    assert re.fullmatch(r"\d+/\d+ cases", streams.out.splitlines()[-1])
+    return streams.out + streams.err
 
 
 def test_nothing_to_verify_exits_2(tmp_path, capsys):
@@ -101,6 +103,33 @@ def test_a_field_of_another_type_exits_2(tmp_path, capsys):
     folder = committed("e2e", tmp_path)
     edit_json(folder / "cases.json", lambda spec: spec["cases"][0].update(messages=7))
     assert "malformed" in shown([folder], capsys)
+
+
+def test_a_damaged_case_leaves_the_report_whole(sets, capsys):
+    assert main(["verify", str(sets)]) == 0
+    whole = capsys.readouterr().out.splitlines()
+    edit_json(sets / "llm/goldens/decode.json", lambda decode: decode["runs"][0].pop("messages"))
+    lines = shown([sets], capsys).splitlines()
+    (line,) = (line for line in lines if line.startswith("FAIL"))
+    assert re.fullmatch(r"FAIL llm decode\.history_both inf<=0 .*malformed.*'messages'.*", line)
+    assert [line.split()[:3] for line in lines[:-1] if line.startswith("PASS")] == [
+        line.split()[:3] for line in whole[:-1] if line.startswith("PASS") and "history_both" not in line
+    ]
+    passed, compared = lines[-1].removesuffix(" cases").split("/")
+    assert (int(passed) + 1, f"{compared}/{compared} cases") == (int(compared), whole[-1])
+
+
+@pytest.mark.parametrize("name", ["detokenizer/goldens.json", "e2e/cases.json"])
+def test_a_set_that_cannot_be_listed_leaves_the_others(sets, name, capsys):
+    (sets / name).write_text("[" * 200_000)
+    assert main(["verify", str(sets)]) == 2
+    streams = capsys.readouterr()
+    assert streams.err.startswith("error: ")
+    assert name in streams.err
+    lines = streams.out.splitlines()
+    stages = {line.split()[1] for line in lines if line.startswith("PASS")}
+    assert stages == {"tokenizer", "llm", "detokenizer", "e2e"} - {name.partition("/")[0]}
+    assert re.fullmatch(r"(\d+)/\1 cases", lines[-1])
 
 
 def test_unknown_device_exits_2(tmp_path, capsys):

@@ -38,6 +38,13 @@ def report(folder: Path) -> dict[str, str]:
     return {outcome.name: outcome.status for outcome in verify(folder)}
 
 
+def unreadable(folder: Path) -> dict[str, str]:
+    """What is said of each case whose data cannot be read, by its name, and of each list of cases by its folder's."""
+    outcomes = [outcome for outcome in verify(folder) if outcome.unreadable]
+    assert {outcome.status for outcome in outcomes} <= {"FAIL", "ERROR"}
+    return {outcome.name: outcome.detail for outcome in outcomes}
+
+
 def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     """Change a JSON file in place."""
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kimia.errors import GoldenSetError
 from kimia.verify import verify
 from tests.golden_data import golden
-from tests.verify.sets import edit_json, edit_tensor, report, write_detokenizer
+from tests.verify.sets import edit_json, edit_tensor, report, unreadable, write_detokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -106,5 +105,29 @@ def test_one_wrong_time_fails(small):
 @pytest.mark.parametrize("wav", ["voice.safetensors", "voice.safetensors:pcm[3]", "nowhere.safetensors:pcm"])
 def test_a_prompt_that_cannot_be_read(small, wav):
     edit_json(small / "goldens.json", lambda spec: spec["cases"]["voice"]["prefill"].update(wav=wav))
-    with pytest.raises(GoldenSetError):
-        report(small)
+    assert list(unreadable(small)) == ["goldens.voice"]
+
+
+@pytest.mark.parametrize("field", ["chunks", "prefill", "per_chunk", "total_samples", "expected_samples", "file"])
+def test_a_missing_field_concerns_its_case_alone(small, field):
+    whole = report(small)
+    edit_json(small / "goldens.json", lambda spec: spec["cases"]["voice"].pop(field))
+    compared = field in ("per_chunk", "total_samples", "expected_samples")
+    assert report(small) == whole | {"goldens.voice": "PASS" if compared else "FAIL"}
+    assert list(unreadable(small)) == (["goldens.voice"] if field in ("chunks", "file") else [])
+
+
+def test_tolerances_may_be_absent(small):
+    edit_json(small / "goldens.json", lambda spec: spec.pop("tolerances_float32"))
+    assert "FAIL" not in report(small).values()
+    edit_tensor(small / "unit.safetensors", "vocoder.wav", bump)
+    assert report(small)["unit.vocoder"] == "FAIL"
+
+
+@pytest.mark.parametrize(("file", "kind"), [("unit.safetensors", "unit"), ("time_grid.json", "time_grid")])
+def test_an_unreadable_file_leaves_the_others(small, file, kind):
+    whole = report(small)
+    (small / file).write_bytes(b"{")
+    assert file in unreadable(small)["detokenizer"]
+    left = {name: status for name, status in report(small).items() if name != "detokenizer"}
+    assert left == {name: status for name, status in whole.items() if not name.startswith(kind)}

@@ -1,5 +1,8 @@
 """Reading golden data: recorded pieces, stored waveforms, what is skipped, and complaints that name the file."""
 
+import hashlib
+import struct
+
 import numpy as np
 import pytest
 import soundfile
@@ -10,13 +13,15 @@ from kimia.verify.files import (
     compare_wave,
     full_scale,
     join_pieces,
+    listed,
     read_arrays,
     read_json,
     read_sound,
     read_tensors,
     skip_reason,
+    wave_facts,
 )
-from kimia.verify.report import Comparison
+from kimia.verify.report import Comparison, run_case
 
 pytestmark = pytest.mark.unit
 
@@ -70,6 +75,41 @@ def test_stored_waveforms():
 )
 def test_skips(name, entry, names, skipped):
     assert bool(skip_reason(name, entry, names)) is skipped
+
+
+def test_facts_of_a_waveform():
+    digest = hashlib.sha256(struct.pack("<3f", 0.5, -1.0, 0.0)).hexdigest()
+    facts = {"samples_16k": 3, "wav16k_sha256_f32le": digest}
+    assert wave_facts(np.array([0.5, -1.0, 0.0], np.float32)) == facts
+
+
+def seen(entry, comparison):
+    comparison.same("name", entry["name"], "a")
+
+
+@pytest.mark.parametrize(
+    ("entries", "lines"),
+    [
+        ([{"name": "a"}, {"name": "b"}], ["PASS x.a", "FAIL x.b"]),
+        ([{}, 7, {"name": "a"}], ["FAIL x.[0]", "FAIL x.[1]", "PASS x.a"]),
+        ([{"name": 3}], ["FAIL x.3"]),
+        ([{"name": "a"}, {"name": "a"}], ["PASS x.a", "PASS x.a"]),
+        ({"a": {}, "b": None}, ["PASS x.a", "FAIL x.b"]),
+        ([{"name": "a_upstream"}, {"name": "a_fixed"}], ["SKIP x.a_upstream", "FAIL x.a_fixed"]),
+        ([], []),
+    ],
+)
+def test_a_wrong_entry_spoils_no_other(entries, lines):
+    outcomes = [run_case(case) for case in listed("llm", "x", entries, seen)]
+    assert [f"{outcome.status} {outcome.name}" for outcome in outcomes] == lines
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000])
+def test_deep_nesting_is_unreadable(content, tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text(content)
+    with pytest.raises(GoldenSetError, match=r"deep\.json: is nested too deeply"):
+        read_json(path)
 
 
 def read_piece(path):

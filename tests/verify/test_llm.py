@@ -2,10 +2,10 @@
 
 import pytest
 
-from kimia.errors import CheckpointError
-from kimia.verify import verify
+from kimia.model.sampler import Sampling, TrackSampling
+from kimia.verify import answers, llm, verify
 from tests.golden_data import golden
-from tests.verify.sets import edit_json, edit_tensor, report
+from tests.verify.sets import edit_json, edit_tensor, report, unreadable
 
 pytestmark = pytest.mark.parity
 
@@ -91,7 +91,65 @@ def test_only_what_is_there_is_compared(llm_set):
     assert set(report(llm_set).values()) == {"PASS"}
 
 
-def test_broken_checkpoint_ends_the_report(llm_set):
+# ---- what may be absent -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "top_k", "repetition_penalty", "window", "recent", "candidates", "key"]
+)
+def test_a_sampler_case_may_lack_any_field(llm_set, field):
+    """Then the release's default holds, which gives other numbers here or changes nothing."""
+
+    def thin_out(sampler):
+        (case,) = sampler["cases"]
+        sampler["cases"] = [{name: case[name] for name in case if name != field} | {"name": "case0"}, case]
+
+    edit_json(llm_set / "goldens/sampler.json", thin_out)
+    assert unreadable(llm_set) == {}
+    outcome = report(llm_set)
+    assert outcome["sampler.penalty"] == "PASS"
+    assert outcome["sampler.case0"] == ("PASS" if field in ("candidates", "key") else "FAIL")
+
+
+def test_defaults_of_the_sampler_are_the_release_s_of_the_head():
+    assert (llm._sampling({}), llm._sampling({"head": "text"})) == (Sampling().text,) * 2
+    assert llm._sampling({"head": "audio"}) == Sampling().audio
+    assert (Sampling().text.repetition_window, Sampling().audio.repetition_window) == (16, 64)
+    given = {"temperature": 0.5, "top_k": 2, "repetition_penalty": 2.0, "window": 0}
+    assert llm._sampling(given) == TrackSampling(0.5, 2, 2.0, 0)
+    assert llm._sampling(dict.fromkeys(given)) == Sampling().text
+
+
+def test_a_run_without_budget_has_the_release_s(llm_set, monkeypatch):
+    monkeypatch.setattr(answers, "steps_allowed", lambda *arguments: 5)
+    edit_json(llm_set / "goldens/decode.json", lambda decode: decode["runs"][0].pop("max_new_tokens"))
+    assert report(llm_set)["decode.history_both"] == "PASS"
+
+
+# ---- what cannot be read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["prompts", "prefill", "decode", "sampler", "finetune"])
+def test_an_unreadable_file_leaves_the_others(llm_set, file):
+    whole = report(llm_set)
+    (llm_set / f"goldens/{file}.json").write_text("[" * 200_000)
+    assert f"{file}.json" in unreadable(llm_set)["llm"]
+    others = set(report(llm_set))
+    assert {name for name in whole if not name.startswith(file)} <= others
+    assert not {name for name in whole if name.startswith(file)} & others
+
+
+def test_a_damaged_case_leaves_the_others(llm_set):
+    whole = report(llm_set)
+    edit_json(llm_set / "goldens/decode.json", lambda decode: decode["runs"][0].pop("output_type"))
+    assert "malformed (KeyError('output_type'))" in unreadable(llm_set)["decode.history_both"]
+    assert report(llm_set) == whole | {"decode.history_both": "FAIL"}
+
+
+def test_a_broken_checkpoint_fails_the_cases_that_need_it(llm_set):
+    whole = report(llm_set)
     (llm_set / "checkpoint/model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError):
-        report(llm_set)
+    broken = unreadable(llm_set)
+    assert {name.partition(".")[0] for name in broken} == {"prefill", "decode"}
+    assert all("model.safetensors" in reason for reason in broken.values())
+    assert report(llm_set) == whole | dict.fromkeys(broken, "FAIL")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kimia.errors import AudioError, GoldenSetError, WeightsError
+from kimia.errors import AudioError, ConfigError, GoldenSetError, WeightsError
 from kimia.verify.report import Case, Comparison, run_case
 
 pytestmark = pytest.mark.unit
@@ -56,7 +56,14 @@ def test_other_shape_is_a_miss() -> None:
 
 
 def test_nothing_compared_is_a_miss() -> None:
-    assert line(lambda c: None).startswith("FAIL")
+    assert line(lambda c: None) == "FAIL llm decode.x 0<=0 nothing was compared"
+
+
+def test_absent_fields_are_not_compared() -> None:
+    actual = {"steps": 3, "stop": "text_eos"}
+    assert line(lambda c: c.same_fields(actual, {"steps": 3, "note": 1})).startswith("PASS")
+    assert line(lambda c: c.same_fields(actual, {"steps": 4}, " of b")).endswith("inf<=0 steps of b: 3 instead of 4")
+    assert "nothing" in line(lambda c: c.same_fields(actual, {}))
 
 
 def test_error_inside_a_case_is_a_miss() -> None:
@@ -70,19 +77,28 @@ def test_skip_says_why() -> None:
     assert str(run_case(Case("llm", "finetune.a", skip="its own issue"))) == "SKIP llm finetune.a 0<=0 its own issue"
 
 
-@pytest.mark.parametrize("error", [GoldenSetError("no such file"), WeightsError("missing: x")])
-def test_unreadable_data_end_the_report(error) -> None:
-    def run(_):
+def outcome_of(error: Exception):
+    def run(comparison: Comparison) -> None:
+        comparison.same("ids", [1], [2])  # the reason is told all the same
         raise error
 
-    with pytest.raises(type(error)):
-        line(run)
+    return run_case(Case("llm", "decode.x", run))
 
 
-@pytest.mark.parametrize("error", [KeyError("messages"), TypeError("null"), AttributeError("items")])
-def test_a_malformed_case_ends_the_report_with_its_name(error) -> None:
-    def run(_):
-        raise error
+@pytest.mark.parametrize("kind", [GoldenSetError, WeightsError, ConfigError])
+def test_unreadable_data_are_told_from_a_miss(kind) -> None:
+    outcome = outcome_of(kind("no such file\nat all"))
+    assert str(outcome) == "FAIL llm decode.x inf<=0 no such file"
+    assert outcome.unreadable
 
-    with pytest.raises(GoldenSetError, match=r"llm decode\.x: the stored case is malformed"):
-        line(run)
+
+@pytest.mark.parametrize("error", [KeyError("messages"), TypeError("null"), AttributeError("items"), StopIteration()])
+def test_a_malformed_case_says_so(error) -> None:
+    outcome = outcome_of(error)
+    assert str(outcome) == f"FAIL llm decode.x inf<=0 the stored case is malformed ({error!r})"
+    assert outcome.unreadable
+
+
+@pytest.mark.parametrize("error", [AudioError("empty"), RuntimeError("shape"), IndexError("5"), OverflowError("big")])
+def test_other_errors_are_misses(error) -> None:
+    assert not outcome_of(error).unreadable

@@ -6,6 +6,7 @@ import pytest
 
 from kimia.errors import GoldenSetError
 from kimia.verify import GoldenSet, find_sets, verify
+from tests.verify.sets import unreadable
 
 pytestmark = pytest.mark.unit
 
@@ -54,8 +55,8 @@ def test_folders_without_a_set_are_refused(tmp_path):
 def test_a_stage_s_folder_that_lost_its_files_is_not_passed_over(tmp_path):
     lay_out(tmp_path / "e2e", "e2e")
     (tmp_path / "llm").mkdir()
-    with pytest.raises(GoldenSetError, match=r"llm: holds no golden set"):
-        find_sets(tmp_path)
+    assert find_sets(tmp_path)[1] == GoldenSet("llm", tmp_path / "llm")
+    assert "llm: holds no golden set" in unreadable(tmp_path)["llm"]
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "e2e", "detokenizer"])
@@ -66,5 +67,14 @@ def test_a_malformed_listing_is_unreadable(tmp_path, stage, content):
     if stage == "detokenizer" and content == '{"cases": [{}]}':
         content = json.dumps({"cases": {"a": 3}})
         (tmp_path / FILES[stage][0]).write_text(content)
-    with pytest.raises(GoldenSetError):
-        list(verify(tmp_path))
+    outcomes = list(verify(tmp_path))
+    assert outcomes
+    assert all(outcome.unreadable for outcome in outcomes)
+
+
+def test_an_unreadable_list_leaves_the_other_sets(tmp_path):
+    for stage in FILES:
+        lay_out(tmp_path / stage, stage)
+        (tmp_path / stage / FILES[stage][0]).write_text("{")
+    assert list(unreadable(tmp_path)) == sorted(FILES)
+    assert all("is not JSON" in reason for reason in unreadable(tmp_path).values())
