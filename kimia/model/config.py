@@ -23,9 +23,7 @@ MISSING = object()
 
 DIMENSION_LIMIT = 2**24  # no model comes near, and a matrix of such sides still has countable bytes
 DEPTH_LIMIT = 2**12  # of layers, and of a vocoder's kernels, rates and dilations
-BRIEF = reprlib.Repr()  # of a wrong value, which may fill pages
-BRIEF.maxlevel, BRIEF.maxstring = 2, 80
-
+ENCODER_STRIDE = 2  # mel frames per encoder frame: the second convolution's stride
 UNLIMITED = 2**31 - 1  # positions of a model without a position table
 
 
@@ -44,7 +42,7 @@ class Fields:
 
     def _wrong(self, name: str, expected: str) -> ConfigError:
         value = self.values.get(name)
-        return ConfigError(f"{self.source}: field {name!r} must be {expected}, got {BRIEF.repr(value)}")
+        return ConfigError(f"{self.source}: field {name!r} must be {expected}, got {_brief(value)}")
 
     def integer(self, name: str, default: Any = MISSING, *, minimum: int = 1, maximum: int = DIMENSION_LIMIT) -> int:
         """An integer of at least `minimum` and at most `maximum`."""
@@ -98,6 +96,12 @@ class Fields:
         if not isinstance(value, dict):
             raise self._wrong(name, "a mapping")
         return Fields(f"{self.source}: {name}", value)
+
+
+def _brief(value: object) -> str:
+    """A wrong value, which may fill pages, in one line."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def _is_integer(value: object) -> bool:
@@ -281,6 +285,26 @@ class EncoderConfig:
         )
         exact_div(config.d_model, config.heads, f"{path}: d_model / encoder_attention_heads")
         return config
+
+
+def check_features(
+    encoder: EncoderConfig,
+    features: FeatureConfig,
+    config: str = "config.json",
+    preprocessor: str = "preprocessor_config.json",
+) -> None:
+    """Refuse a preprocessor that does not fit its encoder with a ConfigError that names both files."""
+    if features.mel_bins != encoder.mel_bins:
+        raise ConfigError(
+            f"the parts do not fit together: {config}: num_mel_bins is {encoder.mel_bins}, "
+            f"{preprocessor}: feature_size is {features.mel_bins}"
+        )
+    frames = -(-features.segment_samples // (ENCODER_STRIDE * features.hop))
+    if frames > encoder.max_positions:
+        raise ConfigError(
+            f"{preprocessor}: a segment of chunk_length has {frames} encoder frames, "
+            f"{config}: max_source_positions is {encoder.max_positions}"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 
 from kimia.errors import ConfigError
 from kimia.model.checkpoint import Checkpoint
-from kimia.model.config import EncoderConfig, FeatureConfig, FlowConfig, LMConfig, VocoderConfig, VQConfig, exact_div
-
-ENCODER_STRIDE = 2  # mel frames per encoder frame: the second convolution's stride
+from kimia.model.config import (
+    ENCODER_STRIDE,
+    EncoderConfig,
+    FeatureConfig,
+    FlowConfig,
+    LMConfig,
+    VocoderConfig,
+    VQConfig,
+    check_features,
+    exact_div,
+)
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,7 @@ def _check_encoders(configs: ModelConfigs, checkpoint: Checkpoint) -> None:
         (checkpoint.vq_tokenizer, configs.vq.encoder, configs.vq_features),
         (checkpoint.whisper, configs.whisper, configs.whisper_features),
     ):
-        config, preprocessor = f"{folder / 'config.json'}", f"{folder / 'preprocessor_config.json'}"
-        _equal(f"{config}: num_mel_bins", encoder.mel_bins, f"{preprocessor}: feature_size", features.mel_bins)
-        frames = features.segment_samples // (features.hop * ENCODER_STRIDE)
-        if frames > encoder.max_positions:
-            raise ConfigError(
-                f"{preprocessor}: a segment of chunk_length gives {frames} frames, "
-                f"{config}: max_source_positions is {encoder.max_positions}"
-            )
+        check_features(encoder, features, f"{folder / 'config.json'}", f"{folder / 'preprocessor_config.json'}")
 
 
 def _check_streams(configs: ModelConfigs, checkpoint: Checkpoint) -> None:

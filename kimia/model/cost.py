@@ -12,8 +12,8 @@ from enum import Enum
 from math import prod
 
 from kimia.model import layout
-from kimia.model.config import EncoderConfig, FlowConfig, LMConfig, VocoderConfig, VQConfig
-from kimia.model.consistency import ENCODER_STRIDE, ModelConfigs
+from kimia.model.config import ENCODER_STRIDE, EncoderConfig, FlowConfig, LMConfig, VocoderConfig, VQConfig
+from kimia.model.consistency import ModelConfigs
 from kimia.model.detokenize import UPSAMPLE
 
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from kimia.model.audio import BATCH_SEGMENTS, LogMel, segments
 from kimia.model.checkpoint import Source, load_strict, without
-from kimia.model.config import FeatureConfig, VQConfig
-from kimia.model.whisper import CONV_STRIDE, check_features, encoder_source, whisper_config
+from kimia.model.config import ENCODER_STRIDE, FeatureConfig, VQConfig, check_features
+from kimia.model.whisper import encoder_source, whisper_config
 
 DISTANCE_ROWS = 2048  # hidden states compared with the codebook at once (bounds the distance matrix)
 TRAINING_ONLY = (r"^ema_(count|weight)$", r"^embed_positions2\.")  # the second table follows quantisation
@@ -50,12 +50,12 @@ class VQTokenizer(nn.Module):
         check_features(encoder, features)
         self.config = config
         self.features = features
-        self.samples_per_frame = CONV_STRIDE * features.hop
+        self.samples_per_frame = ENCODER_STRIDE * features.hop
         self.samples_per_token = self.samples_per_frame * config.pooling_kernel
         self.log_mel = LogMel(features)
         with torch.device("meta"):
             self.conv1 = _convolution(config, encoder.mel_bins, stride=1)
-            self.conv2 = _convolution(config, encoder.d_model, stride=CONV_STRIDE)
+            self.conv2 = _convolution(config, encoder.d_model, stride=ENCODER_STRIDE)
             self.embed_positions = nn.Embedding(encoder.max_positions, encoder.d_model)
             self.layers = _layers(config)
             self.codebook = nn.Embedding(config.codebook_size, encoder.d_model)

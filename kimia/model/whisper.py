@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from kimia.errors import ConfigError
 from kimia.model.audio import BATCH_SEGMENTS, LogMel, segments
 from kimia.model.checkpoint import Source, load_strict, sharded_source, without, without_prefix
-from kimia.model.config import EncoderConfig, FeatureConfig, exact_div
+from kimia.model.config import ENCODER_STRIDE, EncoderConfig, FeatureConfig, check_features, exact_div
 
-CONV_STRIDE = 2  # mel frames per encoder frame
 ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # the release's layout, and that of an exported WhisperModel
 NOT_ENCODER = (r"^(model\.)?decoder\.", r"^proj_out\.")
 
@@ -31,13 +30,13 @@ class WhisperFeatures(nn.Module):
     def __init__(self, config: EncoderConfig, features: FeatureConfig, group: int) -> None:
         super().__init__()
         check_features(config, features)
-        if features.segment_samples != CONV_STRIDE * features.hop * config.max_positions:
+        if features.segment_samples != ENCODER_STRIDE * features.hop * config.max_positions:
             raise ConfigError("Whisper attends whole segments: max_source_positions must equal their 50 Hz frames")
         exact_div(config.max_positions, group, "Whisper frames of a segment / frames of a feature")
         self.features = features
         self.group = group
         self.width = group * config.d_model
-        self.samples_per_feature = CONV_STRIDE * features.hop * group
+        self.samples_per_feature = ENCODER_STRIDE * features.hop * group
         self.log_mel = LogMel(features)
         with torch.device("meta"):
             self.encoder: Any = _build(config)
@@ -82,15 +81,6 @@ def load_whisper(folder: Path, group: int, device: torch.device | str, dtype: to
 def encoder_source(folder: Path) -> Source:
     """The tensors of a Whisper-like encoder, unprefixed; only decoder tensors are left out."""
     return without_prefix(without(sharded_source(folder), *NOT_ENCODER), *ENCODER_PREFIXES)
-
-
-def check_features(config: EncoderConfig, features: FeatureConfig) -> None:
-    """Refuse a preprocessor that does not fit its encoder."""
-    if features.mel_bins != config.mel_bins:
-        raise ConfigError(f"feature_size {features.mel_bins} differs from num_mel_bins {config.mel_bins}")
-    frames = -(-features.segment_samples // (CONV_STRIDE * features.hop))
-    if frames > config.max_positions:
-        raise ConfigError(f"a segment has {frames} encoder frames, max_source_positions is {config.max_positions}")
 
 
 def whisper_config(config: EncoderConfig) -> Any:

@@ -36,7 +36,11 @@ def test_a_consistent_checkpoint(tiny):
         (f"{VQ}/config.json", {"pooling_kernel_size": 2}, ("samples per token", "640", "samples per feature", "1280")),
         (f"{VQ}/config.json", {"num_mel_bins": 80}, ("num_mel_bins", "80", "feature_size", "128")),
         (f"{VQ}/preprocessor_config.json", {"sampling_rate": 8000}, ("sampling_rate", "8000", "16000")),
-        (f"{VQ}/preprocessor_config.json", {"chunk_length": 60}, ("3000 frames", "max_source_positions is 1500")),
+        (
+            f"{VQ}/preprocessor_config.json",
+            {"chunk_length": 60},
+            ("3000 encoder frames", "max_source_positions is 1500"),
+        ),
         (f"{WHISPER}/preprocessor_config.json", {"feature_size": 80}, ("feature_size", "80", "num_mel_bins", "128")),
         (f"{WHISPER}/config.json", {"d_model": 60}, ("kimia_adaptor_input_dim", "256 is not a multiple of 60")),
         (f"{WHISPER}/config.json", {"d_model": 128}, ("samples per token", "1280", "640")),

@@ -285,8 +285,8 @@ def test_a_layer_before_quantisation_is_never_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
-        (replace(ENCODER, mel_bins=13), "feature_size 12 differs from num_mel_bins 13"),
-        (replace(ENCODER, max_positions=99), "100 encoder frames, max_source_positions is 99"),
+        (replace(ENCODER, mel_bins=13), "num_mel_bins is 13, .*feature_size is 12"),
+        (replace(ENCODER, max_positions=99), "100 encoder frames, .*max_source_positions is 99"),
     ],
 )
 def test_configs_must_fit(encoder, message):
