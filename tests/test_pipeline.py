@@ -71,6 +71,14 @@ def test_the_seed_repeats_a_turn_and_another_one_does_not(model: KimiAudio) -> N
     assert first[1] != other[1] or not torch.equal(first[0], other[0])
 
 
+def test_the_seed_decides_the_noise_of_the_speech(model: KimiAudio) -> None:
+    """Greedy ids are the same whatever the seed; the sound is not."""
+    one, two = (model.generate(ASK, "both", max_new_tokens=24, seed=seed) for seed in (1, 2))
+    assert one[1] == two[1]
+    assert one[0].shape == two[0].shape
+    assert not torch.equal(one[0], two[0])
+
+
 def test_without_a_seed_turns_differ(model: KimiAudio) -> None:
     options = {**SPOKEN, "seed": None}
     assert len({model.generate(ASK, "both", max_new_tokens=20, **options)[1] for _ in range(3)}) > 1

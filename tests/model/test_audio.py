@@ -329,3 +329,11 @@ def test_silence_is_constant():
 def test_import_is_light():
     code = "import sys, kimia.model.audio; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_segments_keep_every_sample_in_order():
+    wave = np.arange(25, dtype=np.float32)
+    pieces = segments(wave, 10)
+    assert [len(piece) for piece in pieces] == [10, 10, 5]
+    assert np.array_equal(np.concatenate(pieces), wave)
+    assert [len(piece) for piece in segments(wave[:20], 10)] == [10, 10]
