@@ -10,6 +10,17 @@ KimiaError
   ParameterError           an option or sampling parameter lies outside its domain
   NumericsError            a network produced NaN or infinity
   GoldenSetError           a golden set cannot be read
+  SettingsError            an environment variable or option of a process is wrong
+  ServiceError             a request to the running service failed; carries a stable reason
+    RequestError           a request breaks the contract; names the field
+    StateError             not possible now: wrong order, turn or session in another state
+    NotFoundError          no such session or turn, or it has expired or been deleted
+    CapacityError          no row is free; says when to try again
+    DeadlineError          the turn's deadline has passed
+    TurnCancelledError     the turn was cancelled
+    UnsupportedError       in the contract but not offered by this version
+    UnavailableError       a part of the service cannot be reached
+    InternalError          a stage failed, or gave up after repeated attempts
 
 Foreign exceptions are wrapped once, where they arise, with `raise ... from error`.
 """
@@ -18,14 +29,25 @@ from __future__ import annotations
 
 __all__ = [
     "AudioError",
+    "CapacityError",
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
     "ConversationError",
+    "DeadlineError",
     "GoldenSetError",
+    "InternalError",
     "KimiaError",
+    "NotFoundError",
     "NumericsError",
     "ParameterError",
+    "RequestError",
+    "ServiceError",
+    "SettingsError",
+    "StateError",
+    "TurnCancelledError",
+    "UnavailableError",
+    "UnsupportedError",
     "WeightsError",
 ]
 
@@ -73,3 +95,76 @@ class NumericsError(KimiaError):
 
 class GoldenSetError(KimiaError):
     """A golden set is missing, incomplete or unreadable."""
+
+
+class SettingsError(KimiaError):
+    """An environment variable or option of a process is missing or wrong."""
+
+
+class ServiceError(KimiaError):
+    """A request to the running service failed. `reason` is a stable name, `field` what is wrong in the request."""
+
+    reason = "INTERNAL"
+
+    def __init__(
+        self, rule: str, *, reason: str | None = None, field: str = "", retry_after: float | None = None
+    ) -> None:
+        self.rule = rule
+        self.reason = reason or type(self).reason
+        self.field = field
+        self.retry_after = retry_after  # seconds; None: trying again does not help
+        super().__init__(f"{field}: {rule}" if field else rule)
+
+
+class RequestError(ServiceError):
+    """A request breaks the contract."""
+
+    reason = "INVALID_REQUEST"
+
+
+class StateError(ServiceError):
+    """Not possible now: the order of messages, or the state of a turn or session, forbids it."""
+
+    reason = "WRONG_STATE"
+
+
+class NotFoundError(ServiceError):
+    """No such session or turn; it may have expired or been deleted."""
+
+    reason = "NOT_FOUND"
+
+
+class CapacityError(ServiceError):
+    """No row is free; `retry_after` says when to try again."""
+
+    reason = "AT_CAPACITY"
+
+
+class DeadlineError(ServiceError):
+    """The deadline of the turn has passed."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class TurnCancelledError(ServiceError):
+    """The turn was cancelled."""
+
+    reason = "CANCELLED"
+
+
+class UnsupportedError(ServiceError):
+    """In the contract, but not offered by this version."""
+
+    reason = "UNSUPPORTED"
+
+
+class UnavailableError(ServiceError):
+    """A part of the service cannot be reached."""
+
+    reason = "UNAVAILABLE"
+
+
+class InternalError(ServiceError):
+    """A stage failed, or a turn was given up after repeated attempts."""
+
+    reason = "INTERNAL"

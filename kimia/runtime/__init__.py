@@ -1,0 +1,1 @@
+"""What every process shares: settings, server, worker, health, metrics, logs."""

@@ -1,0 +1,1 @@
+"""The control plane: sessions, turns, admission. No torch here."""

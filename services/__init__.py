@@ -1,0 +1,1 @@
+"""The three GPU stages, each a process of its own."""

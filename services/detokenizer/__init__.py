@@ -1,0 +1,1 @@
+"""The detokenizer stage: semantic tokens to speech."""

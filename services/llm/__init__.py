@@ -1,0 +1,1 @@
+"""The language model stage: conversation to text and semantic tokens."""

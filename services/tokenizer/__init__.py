@@ -1,0 +1,1 @@
+"""The tokenizer stage: sound to semantic tokens and continuous features."""
