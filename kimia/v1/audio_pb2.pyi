@@ -97,7 +97,9 @@ class Clip(_message.Message):
     data: _builtins.bytes
     """The whole sound. Used in requests; empty inside the pipeline, where sound lives in the input log."""
     number: _builtins.int
-    """Which clip of the turn this is, from 0 in the order of the messages. Set by the orchestrator."""
+    """Which clip of the turn this is: unique in it, and for the turn's own clips the number in its input log. Set by the
+    orchestrator.
+    """
     source_turn: _builtins.str
     """Turn whose input log holds the sound. Set by the orchestrator."""
     source_number: _builtins.int

@@ -346,16 +346,20 @@ Global___Commit: _TypeAlias = Commit  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
-    """Stop the running turn."""
+    """Stop the running turn. When it has ended already, what is remembered of its answer is cut to what was heard, and
+    `cancelled` comes all the same, with the number of codes that are left.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TURN_ID_FIELD_NUMBER: _builtins.int
     HEARD_MS_FIELD_NUMBER: _builtins.int
     turn_id: _builtins.str
-    """The turn; empty: the running one."""
+    """The turn; empty: the running one, or else the last."""
     heard_ms: _builtins.int
-    """Output that the caller has heard of it, milliseconds; unset: what the last Playback said."""
+    """Output that the caller has heard of it, milliseconds; unset: what the last Playback said, or else all that was
+    sent.
+    """
     def __init__(
         self,
         *,
@@ -381,7 +385,7 @@ class Playback(_message.Message):
     TURN_ID_FIELD_NUMBER: _builtins.int
     HEARD_MS_FIELD_NUMBER: _builtins.int
     turn_id: _builtins.str
-    """The turn; empty: the running one."""
+    """The turn; empty: the running one, or else the last."""
     heard_ms: _builtins.int
     """Output heard, milliseconds from its beginning."""
     def __init__(
@@ -468,7 +472,7 @@ Global___Retract: _TypeAlias = Retract  # noqa: Y015
 
 @_typing.final
 class ResumeRequest(_message.Message):
-    """Where a connection was lost."""
+    """Where a connection was lost. With neither index the turn is told from its beginning, `started` included."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

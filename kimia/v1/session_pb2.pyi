@@ -47,7 +47,7 @@ class SessionRecord(_message.Message):
     open_turn_id: _builtins.str
     """The turn that collects the caller's input, if any."""
     next_audio_index: _builtins.int
-    """Sound that was received without gap, in pieces."""
+    """Index of the first piece of sound that the turn `open_turn_id` holds, or will hold."""
     heard_ms: _builtins.int
     """Output that the caller has heard of the running turn, milliseconds."""
     @_builtins.property

@@ -381,6 +381,8 @@ class Step(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    IN_TRANSCRIPT_FIELD_NUMBER: _builtins.int
+    SPEAKING_FIELD_NUMBER: _builtins.int
     text_id: _builtins.int
     """Id fed back on the text track."""
     audio_id: _builtins.int
@@ -391,6 +393,10 @@ class Step(_message.Message):
     """Characters that this step completed."""
     stop: Global___StopReason.ValueType
     """Set on the last step."""
+    in_transcript: _builtins.bool
+    """The text id belongs to the transcript: it is not the end of the text, nor a blank after it, nor an audio code."""
+    speaking: _builtins.bool
+    """The delay is over and the turn makes speech: from this step on the audio track counts."""
     def __init__(
         self,
         *,
@@ -399,10 +405,12 @@ class Step(_message.Message):
         code: _builtins.int | None = ...,
         text: _builtins.str = ...,
         stop: Global___StopReason.ValueType = ...,
+        in_transcript: _builtins.bool = ...,
+        speaking: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_code", b"_code", "code", b"code"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_code", b"_code", "audio_id", b"audio_id", "code", b"code", "stop", b"stop", "text", b"text", "text_id", b"text_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_code", b"_code", "audio_id", b"audio_id", "code", b"code", "in_transcript", b"in_transcript", "speaking", b"speaking", "stop", b"stop", "text", b"text", "text_id", b"text_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__code: _TypeAlias = _typing.Literal["code"]  # noqa: Y015
     _WhichOneofArgType__code: _TypeAlias = _typing.Literal["_code", b"_code"]  # noqa: Y015
