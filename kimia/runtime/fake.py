@@ -1,0 +1,363 @@
+"""Stages with no model: the contract of `kimia.stage` kept to the letter, the time that each takes configured.
+
+They carry the tests, the load tests and the gateways. What they give out is a pure function of what they read, made so
+that any loss, repetition or change of order shows: codes come from the bytes of a clip, the answer's ids from the seed
+and everything encoded, and every sample of speech says which code it belongs to (`read_pcm`).
+
+    python -m kimia.runtime.fake llm        # one as a process, timed by KIMIA_FAKE_STEP_SECONDS and the like
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import struct
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kimia.errors import AudioError, ParameterError
+from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER, Stage, StageKind
+from kimia.v1.audio_pb2 import ENCODING_ALAW, ENCODING_MULAW, ENCODING_PCM_F32LE, AudioFormat
+from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT
+from kimia.v1.turn_pb2 import (
+    FEATURE_TYPE_F32,
+    STOP_REASON_AUDIO_EOD,
+    STOP_REASON_MAX_NEW_TOKENS,
+    STOP_REASON_TEXT_EOS,
+    Chunk,
+    Encoded,
+    Speech,
+    StageReport,
+    Step,
+    StopReason,
+    Turn,
+)
+
+SAMPLE_RATE = 24000  # Hz
+CODE_SAMPLES = 1920  # samples of one semantic token, 80 ms
+CODES = 16384
+TOKEN_OFFSET = 152064  # id of code 0 on the audio track, as in the released checkpoint
+BLANK, TEXT_EOS, MSG_END = 151666, 151667, 151645
+DELAY = 6  # steps by which text leads audio
+STRETCH = 12  # codes of an `encoded` chunk at most
+FEATURE_WIDTH = 2
+
+WORDS = ("yes ", "the ", "line ", "is ", "open ", "and ", "we ", "hear ", "你好", "all ", "of ", "it ")
+
+# Commits of each push and look-ahead, as `kimia.model.presets` has them (which needs torch).
+SCHEDULES = {"low-latency": ((6, 12, 24, 37), 4, False), "upstream": ((18, 30), 12, True)}
+
+
+@dataclass(frozen=True)
+class FakeTiming:
+    """How long things take (seconds; 0 does not even yield to the loop), and how long an answer is."""
+
+    clip_seconds: float = 0.0  # to encode one clip
+    prefill_seconds: float = 0.0  # to read the prompt, replayed steps included
+    step_seconds: float = 0.0  # one step of the language model
+    realtime_factor: float = 0.0  # seconds of computing per second of speech
+    steps: int = 40  # of an answer that nothing cuts short, at least 8
+
+
+async def _spend(seconds: float) -> float:
+    if seconds > 0:
+        await asyncio.sleep(seconds)
+    return seconds
+
+
+def _hash(seed: int, *values: int) -> int:
+    return zlib.crc32(struct.pack(f"<{len(values)}Q", *values), seed & 0xFFFFFFFF)
+
+
+# ---- tokenizer --------------------------------------------------------------------------------------------------
+
+
+class FakeTokenizer:
+    """Clips to codes that hash their bytes, with two features per code: the code and its position."""
+
+    kind: StageKind = TOKENIZER
+
+    def __init__(self, timing: FakeTiming = FakeTiming()) -> None:
+        self.timing = timing
+
+    async def warm_up(self) -> None:
+        """Nothing happens only once here."""
+
+    async def run(
+        self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
+    ) -> AsyncIterator[Chunk]:
+        """Encode every clip of the inbox, as soon as it is complete; clips given out already cost nothing."""
+        index, seconds, clips = 0, 0.0, 0
+        finished = {chunk.encoded.clip for chunk in published if chunk.encoded.clip_end}
+        async for number, data, last in _clips(inbox):
+            clips += 1
+            if number not in finished:
+                seconds += await _spend(self.timing.clip_seconds)
+            for encoded in encode(number, data, *_layout(turn, number)):
+                chunk = Chunk(index=index, encoded=encoded)
+                if last and encoded.clip_end:
+                    chunk.final = True
+                    chunk.report.CopyFrom(StageReport(compute_seconds=seconds, units=clips))
+                if index >= len(published):
+                    yield chunk
+                index += 1
+
+
+async def _clips(inbox: AsyncIterator[Chunk]) -> AsyncIterator[tuple[int, bytes, bool]]:
+    """(number, sound, whether it is the last) of each clip. Raises AudioError when the inbox ends within a clip."""
+    data = bytearray()
+    complete: tuple[int, bytes] | None = None  # the last clip is known to be it by `final`, or by the inbox's end
+    async for chunk in inbox:
+        if complete is not None:
+            yield *complete, False
+            complete = None
+        data += chunk.input.data
+        if chunk.input.clip_end:
+            complete = chunk.input.clip, bytes(data)
+            data.clear()
+    if complete is None or data:
+        raise AudioError("the sound ends within a clip; mark its last piece as clip_end")
+    yield *complete, True
+
+
+def _layout(turn: Turn, number: int) -> tuple[int, bool]:
+    """(bytes of one code, whether features are read) of a clip."""
+    for message in turn.messages:
+        content = message.WhichOneof("content")
+        clip = message.audio if content == "audio" else message.spoken.clip
+        if content != "text" and clip.number == number:
+            return _code_bytes(clip.format), content == "audio"
+    raise AudioError(f"clip {number} belongs to no message of the turn; send clips that the turn names")
+
+
+def _code_bytes(form: AudioFormat) -> int:
+    width = {ENCODING_PCM_F32LE: 4, ENCODING_MULAW: 1, ENCODING_ALAW: 1}.get(form.encoding, 2)
+    return width * (form.sample_rate or 16000) * 8 // 100
+
+
+def encode(number: int, data: bytes, code_bytes: int, features: bool) -> Iterator[Encoded]:
+    """The stretches of one clip. Raises AudioError for a clip without sound."""
+    if not data:
+        raise AudioError(f"clip {number} is empty; leave it out")
+    codes = [zlib.crc32(data[start : start + code_bytes]) % CODES for start in range(0, len(data), code_bytes)]
+    for start in range(0, len(codes), STRETCH):
+        stretch = codes[start : start + STRETCH]
+        encoded = Encoded(clip=number, codes=stretch, clip_end=start + STRETCH >= len(codes))
+        if features:
+            encoded.features = b"".join(struct.pack("<2f", code, start + at) for at, code in enumerate(stretch))
+            encoded.feature_type, encoded.feature_width = FEATURE_TYPE_F32, FEATURE_WIDTH
+        yield encoded
+
+
+# ---- language model ---------------------------------------------------------------------------------------------
+
+
+class FakeLanguageModel:
+    """Answers of a fixed number of steps whose ids hash the seed, everything encoded, and the step."""
+
+    kind: StageKind = LLM
+
+    def __init__(self, timing: FakeTiming = FakeTiming()) -> None:
+        self.timing = timing
+
+    async def warm_up(self) -> None:
+        """Nothing happens only once here."""
+
+    async def run(
+        self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
+    ) -> AsyncIterator[Chunk]:
+        """Read the prompt, then take one step after another; replayed steps take no time of their own."""
+        key, positions = _hash(0, turn.seed), len(turn.messages)
+        async for chunk in inbox:
+            key = zlib.crc32(chunk.encoded.features, _hash(key, *chunk.encoded.codes))
+            positions += len(chunk.encoded.codes)
+        answer = Answer.of(turn, key, self.timing.steps)
+        seconds = await _spend(self.timing.prefill_seconds)
+        for index in range(len(published), answer.steps):
+            seconds += await _spend(self.timing.step_seconds)
+            chunk = Chunk(index=index, step=answer.step(index))
+            if index == answer.steps - 1:
+                chunk.final = True
+                chunk.report.CopyFrom(
+                    StageReport(compute_seconds=seconds, prompt_positions=positions, units=answer.steps)
+                )
+            yield chunk
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as a pure function of the step."""
+
+    key: int
+    words: tuple[str, ...]
+    length: int  # steps until it ends by itself
+    steps: int  # steps that the budget allows of them
+    speaks: bool
+
+    @classmethod
+    def of(cls, turn: Turn, key: int, length: int) -> Answer:
+        """The answer to a turn. Raises ParameterError when there is nothing to say."""
+        speaks = turn.options.output_type != OUTPUT_TYPE_TEXT
+        length = max(length, DELAY + 2)
+        if turn.HasField("say"):
+            words = tuple(re.findall(r"\s*\S+\s*", turn.say))
+            if not words:
+                raise ParameterError("there is nothing to say: the text is empty")
+            length = DELAY + 1 + 4 * len(words)
+        else:
+            count = (length - DELAY) // 2 if speaks else length - 1
+            words = tuple(WORDS[_hash(key, 3, index) % len(WORDS)] for index in range(count))
+        limit = max(turn.options.max_new_tokens, 1) if turn.options.HasField("max_new_tokens") else length
+        return cls(key, words, length, min(limit, length), speaks)
+
+    def step(self, index: int) -> Step:
+        """One step: what both tracks feed back, and what came of it."""
+        step = Step(text_id=self._text_id(index), audio_id=self._audio_id(index), stop=self._stop(index))
+        step.speaking = self.speaks and index >= DELAY
+        step.in_transcript = index < len(self.words)
+        if step.in_transcript:
+            step.text = self.words[index]
+        if step.audio_id >= TOKEN_OFFSET:
+            step.code = step.audio_id - TOKEN_OFFSET
+        return step
+
+    def _text_id(self, index: int) -> int:
+        if index < len(self.words):
+            return _hash(self.key, 1, index) % 100000
+        return TEXT_EOS if index == len(self.words) else BLANK
+
+    def _audio_id(self, index: int) -> int:
+        if not self.speaks or index < DELAY:
+            return BLANK
+        return MSG_END if index == self.length - 1 else TOKEN_OFFSET + _hash(self.key, 2, index) % CODES
+
+    def _stop(self, index: int) -> StopReason.ValueType:
+        if index < self.steps - 1:
+            return 0  # type: ignore[return-value]
+        if self.steps < self.length:
+            return STOP_REASON_MAX_NEW_TOKENS
+        return STOP_REASON_AUDIO_EOD if self.speaks else STOP_REASON_TEXT_EOS
+
+
+# ---- detokenizer ------------------------------------------------------------------------------------------------
+
+
+class FakeDetokenizer:
+    """Codes to samples that say which code they belong to, cut as the preset cuts."""
+
+    kind: StageKind = DETOKENIZER
+
+    def __init__(self, timing: FakeTiming = FakeTiming()) -> None:
+        self.timing = timing
+
+    async def warm_up(self) -> None:
+        """Nothing happens only once here."""
+
+    async def run(
+        self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
+    ) -> AsyncIterator[Chunk]:
+        """Speak each push as soon as its look-ahead is there; chunks given out already take no time."""
+        schedule = _Schedule(turn.options.preset)
+        index, seconds = 0, 0.0
+        async for step in inbox:
+            for pcm in schedule.feed(step):
+                chunk = Chunk(index=index, speech=Speech(pcm=pcm, sample_rate=SAMPLE_RATE), final=schedule.ended)
+                if index >= len(published):
+                    speech_seconds = len(pcm) / 2 / SAMPLE_RATE
+                    seconds += await _spend(self.timing.realtime_factor * speech_seconds)
+                    if chunk.final:
+                        chunk.report.CopyFrom(StageReport(compute_seconds=seconds, units=schedule.codes))
+                    yield chunk
+                index += 1
+
+
+class _Schedule:
+    """Codes in, the samples of what each push commits out. Raises ParameterError for an unknown preset."""
+
+    def __init__(self, preset: str) -> None:
+        name = preset or "low-latency"
+        if name not in SCHEDULES:
+            raise ParameterError(f"preset must be one of {', '.join(SCHEDULES)}, got {name!r}")
+        self.commits, self.look_ahead, self.waits = SCHEDULES[name]
+        self.codes = 0
+        self.ended = False
+        self._held: list[int] = []
+        self._pushes = 0
+
+    def feed(self, chunk: Chunk) -> Iterator[bytes]:
+        """What this step brings out: at most one push, and with the final step the rest."""
+        if chunk.step.HasField("code"):
+            self._held.append(chunk.step.code)
+            commit = self.commits[min(self._pushes, len(self.commits) - 1)]
+            if len(self._held) == commit + self.look_ahead + self.waits:
+                self._pushes += 1
+                yield self._commit(commit)
+        if chunk.final:
+            self.ended = True
+            yield self._commit(len(self._held))
+
+    def _commit(self, count: int) -> bytes:
+        codes, self._held = self._held[:count], self._held[count:]
+        pcm = b"".join(write_pcm(self.codes + at, code) for at, code in enumerate(codes))
+        self.codes += count
+        return pcm
+
+
+def write_pcm(position: int, code: int) -> bytes:
+    """The 1920 samples of the code at `position` of an answer: the two numbers, over and over."""
+    return struct.pack("<HH", position % 32768, code) * (CODE_SAMPLES // 2)
+
+
+def read_pcm(pcm: bytes) -> list[tuple[int, int]]:
+    """(position, code) of all speech that FakeDetokenizer made. Raises AudioError when any sample is out of place."""
+    size = 2 * CODE_SAMPLES
+    pairs = [struct.unpack_from("<HH", pcm, start) for start in range(0, len(pcm) - size + 1, size)]
+    found = [(position, code) for position, code in pairs]
+    if b"".join(write_pcm(*pair) for pair in found) != pcm:
+        raise AudioError("these samples were not made by a fake detokenizer, or some are missing")
+    return found
+
+
+# ---- as a process -----------------------------------------------------------------------------------------------
+
+
+class FakeSettings(BaseSettings):
+    """FakeTiming from the environment; the defaults are those of one busy GPU."""
+
+    model_config = SettingsConfigDict(env_prefix="KIMIA_FAKE_", frozen=True)
+
+    clip_seconds: float = 0.05
+    prefill_seconds: float = 0.1
+    step_seconds: float = 0.02
+    realtime_factor: float = 0.1
+    steps: int = 100
+
+    def timing(self) -> FakeTiming:
+        """The same numbers."""
+        return FakeTiming(**self.model_dump())
+
+
+def build(name: str, timing: FakeTiming) -> Stage:
+    """The fake of a stage, by the stage's name."""
+    if name == TOKENIZER.name:
+        return FakeTokenizer(timing)
+    return FakeLanguageModel(timing) if name == LLM.name else FakeDetokenizer(timing)
+
+
+def main() -> int:
+    """Run one fake stage as a process until SIGTERM; the exit code."""
+    from kimia.runtime.service import run_stage
+
+    parser = argparse.ArgumentParser(prog="python -m kimia.runtime.fake", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=sorted(STAGES))
+    name: str = parser.parse_args().stage
+    timing = FakeSettings().timing()
+    return run_stage(lambda _settings: build(name, timing), STAGES[name])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
