@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kimia.model.random_weights import new_checkpoint
+from tests.servers import journal_url, redis7_server, valkey_server, valkey_url  # noqa: F401  (fixtures for all)
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 

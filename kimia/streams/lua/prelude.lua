@@ -1,0 +1,1 @@
+-- Functions that all scripts share; the file is put before each of them.

@@ -1,0 +1,1 @@
+"""The Redis Streams wire, on real servers."""

@@ -1,0 +1,64 @@
+"""Connections and scripts."""
+
+import pytest
+import redis
+from redis.exceptions import NoScriptError
+
+from kimia.errors import UnavailableError
+from kimia.streams.wire import Wire, WireOptions, reached, script_text
+
+pytestmark = pytest.mark.unit
+
+
+async def test_a_wire_reaches_both_kinds_of_server(journal_url):
+    wire = await Wire.connect(journal_url)
+    assert await wire.journal.ping()
+    assert wire.blobs is wire.journal
+    await wire.aclose()
+
+
+async def test_partitions_are_named(valkey_url):
+    wire = await Wire.connect(valkey_url, options=WireOptions(partitions=3))
+    assert wire.partitions == ("{0}", "{1}", "{2}")
+    await wire.aclose()
+
+
+async def test_blobs_may_lie_elsewhere(valkey_url):
+    wire = await Wire.connect(valkey_url, valkey_url.removesuffix("/0") + "/1")
+    await wire.blobs.set("a", b"b")
+    assert await wire.journal.get("a") is None
+    await wire.aclose()
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "http://example.org", "no url"])
+async def test_a_server_that_is_not_there_is_named(url):
+    with pytest.raises(UnavailableError, match="URL"):
+        await Wire.connect(url)
+
+
+async def test_a_blocking_client_has_no_timeout(valkey_url):
+    wire = await Wire.connect(valkey_url)
+    client = wire.blocking()
+    assert client is not wire.journal
+    assert client.connection_pool.connection_kwargs["socket_timeout"] is None
+    assert await client.xread({"nothing": "0"}, block=1) == []
+    await wire.aclose()
+
+
+def test_scripts_are_small_and_say_what_they_take():
+    from importlib import resources
+
+    for file in (resources.files("kimia.streams") / "lua").iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert text.startswith("-- "), file.name
+        assert text.count("\n") <= 150, file.name
+        if file.name != "prelude.lua":
+            assert all(word in text for word in ("-- KEYS", "-- ARGV", "-- answer")), file.name
+            assert script_text(file.name.removesuffix(".lua"))[0].count(text) == 1
+
+
+def test_failures_of_the_connection_are_wrapped():
+    with pytest.raises(UnavailableError, match="the journal cannot be reached"), reached("journal"):
+        raise redis.ConnectionError("refused")
+    with pytest.raises(NoScriptError), reached("journal"):
+        raise NoScriptError("not a failure of the connection")
