@@ -28,6 +28,7 @@ from kimia.v1.turn_pb2 import (
     STOP_REASON_AUDIO_EOD,
     STOP_REASON_MAX_NEW_TOKENS,
     STOP_REASON_TEXT_EOS,
+    STOP_REASON_UNSPECIFIED,
     Chunk,
     Encoded,
     Speech,
@@ -237,7 +238,7 @@ class Answer:
 
     def _stop(self, index: int) -> StopReason.ValueType:
         if index < self.steps - 1:
-            return 0  # type: ignore[return-value]
+            return STOP_REASON_UNSPECIFIED
         if self.steps < self.length:
             return STOP_REASON_MAX_NEW_TOKENS
         return STOP_REASON_AUDIO_EOD if self.speaks else STOP_REASON_TEXT_EOS

@@ -1,0 +1,127 @@
+"""The capacity ledger: rows that live workers offer, and rows that sessions have reserved.
+
+    {ledger}:workers:<stage>        hash: worker -> "rows used end"; announcements end by themselves
+    {ledger}:reserved:<pool>        sorted set: session -> end; a pool is a stage or `@<tenant>`
+    {ledger}:released:<pool>        sorted set: releases of the last half minute, for the retry delay
+    {ledger}:session:<session>      hash: tenant and stages of a reservation
+
+A session is admitted to every stage of its route or to none, in one call, and is then never refused a turn on it. Ends
+are milliseconds on the server's clock. Every call raises UnavailableError when the journal cannot be reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kimia.errors import CapacityError
+from kimia.stage import STAGES, StageKind
+from kimia.streams import keys
+from kimia.streams.wire import Argument, Wire
+
+RELEASE_WINDOW: Final = 30.0  # seconds over which releases are counted
+SHORTEST_RETRY: Final = 0.5  # seconds
+NO_WORKER_RETRY: Final = 5.0  # seconds: a worker that is starting
+ANNOUNCED_LEASES: Final = 3  # an announcement lasts for so many leases; one comes every lease
+
+
+@dataclass(frozen=True)
+class WorkerRows:
+    """Turns that a worker can compute at once, and those that it computes."""
+
+    rows: int
+    used: int
+
+
+@dataclass(frozen=True)
+class StageUsage:
+    """One stage: its live workers by name, their rows together, and the sessions that have reserved one."""
+
+    workers: Mapping[str, WorkerRows]
+    capacity: int
+    reserved: int
+
+
+class Ledger:
+    """Admission of sessions against the rows of live workers."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    async def announce(self, kind: StageKind, worker: str, rows: int, used: int) -> None:
+        """Count a worker's rows for the next three leases."""
+        life = self._wire.options.lease * ANNOUNCED_LEASES
+        await self._wire.call("ledger_announce", [_workers(kind)], [worker, rows, used, _milliseconds(life)])
+
+    async def withdraw(self, kind: StageKind, worker: str) -> None:
+        """Count a worker's rows no more; sessions keep what they have reserved."""
+        await self._wire.call("ledger_announce", [_workers(kind)], [worker, 0, 0, 0])
+
+    async def reserve(
+        self, session: str, tenant: str, route: Sequence[StageKind], seconds: float, tenant_limit: int | None = None
+    ) -> None:
+        """Reserve one row in every stage of the route; for a session that holds some, renew them and add the rest.
+
+        Raises CapacityError, with nothing changed, when a stage has no row left or no live worker, or when the tenant
+        has `tenant_limit` sessions already (reason TENANT_LIMIT).
+        """
+        limit = -1 if tenant_limit is None else tenant_limit
+        args: list[Argument] = [keys.ledger(""), session, tenant, _milliseconds(seconds), limit, _milliseconds(RELEASE_WINDOW)]
+        answer = await self._wire.call("ledger_reserve", [_session(session)], [*args, *(kind.name for kind in route)])
+        if answer != b"ok":
+            word, stage, size, releases = answer
+            raise _refusal(word.decode(), stage.decode(), int(size), int(releases))
+
+    async def renew(self, session: str, seconds: float) -> bool:
+        """Let a reservation last from now for so many seconds; False when it has ended: reserve again."""
+        return await self._renew(session, max(_milliseconds(seconds), 1))
+
+    async def release(self, session: str) -> None:
+        """Give a reservation back, if there is one."""
+        await self._renew(session, 0)
+
+    async def usage(self) -> dict[str, StageUsage]:
+        """What every stage offers and has reserved, by the stage's name."""
+        wanted = [key for kind in STAGES.values() for key in (_workers(kind), keys.ledger(f"reserved:{kind.name}"))]
+        answer = await self._wire.call("ledger_usage", wanted, [])
+        return {name: _usage(found) for name, found in zip(STAGES, answer, strict=True)}
+
+    async def _renew(self, session: str, life: int) -> bool:
+        args: list[Argument] = [keys.ledger(""), session, life, _milliseconds(RELEASE_WINDOW)]
+        return bool(await self._wire.call("ledger_renew", [_session(session)], args))
+
+
+def _refusal(word: str, stage: str, size: int, releases: int) -> CapacityError:
+    """Why a session is refused, and when a row will be free if they go on being released as they were."""
+    retry = max(RELEASE_WINDOW / max(releases, 1), SHORTEST_RETRY)
+    if word == "tenant":
+        rule = f"the tenant has its {size} sessions already; end one, or ask for a higher limit"
+        return CapacityError(rule, reason="TENANT_LIMIT", retry_after=retry)
+    if not size:
+        rule = f"no {stage} worker is running; start one"
+        return CapacityError(rule, retry_after=NO_WORKER_RETRY)
+    return CapacityError(
+        f"all {size} rows of the {stage} stage are reserved; try again in {retry:.1f} s, or start more workers",
+        retry_after=retry,
+    )
+
+
+def _usage(found: Sequence[bytes | int]) -> StageUsage:
+    workers: dict[str, WorkerRows] = {}
+    for at in range(1, len(found), 3):
+        name, rows, used = found[at : at + 3]
+        workers[bytes(name).decode()] = WorkerRows(int(rows), int(used))
+    return StageUsage(workers, sum(worker.rows for worker in workers.values()), int(found[0]))
+
+
+def _workers(kind: StageKind) -> str:
+    return keys.ledger(f"workers:{kind.name}")
+
+
+def _session(session: str) -> str:
+    return keys.ledger(f"session:{session}")
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

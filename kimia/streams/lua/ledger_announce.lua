@@ -1,0 +1,18 @@
+-- A worker says how many rows it has; or, with a life of 0, that it has none any more.
+-- KEYS workers hash of the stage
+-- ARGV worker, rows, used, life in milliseconds
+-- answer: nothing
+local worker, life = ARGV[1], tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local found = redis.call('HGETALL', KEYS[1])
+for i = 1, #found, 2 do
+  if tonumber(string.match(found[i + 1], '(%d+)$')) <= now then
+    redis.call('HDEL', KEYS[1], found[i])
+  end
+end
+if life > 0 then
+  redis.call('HSET', KEYS[1], worker, string.format('%d %d %d', ARGV[2], ARGV[3], now + life))
+else
+  redis.call('HDEL', KEYS[1], worker)
+end

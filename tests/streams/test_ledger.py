@@ -1,0 +1,216 @@
+"""Admission: all stages of a route or none, never more sessions than live rows."""
+
+import asyncio
+
+import pytest
+
+from kimia.errors import CapacityError
+from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
+from kimia.streams.ledger import NO_WORKER_RETRY, RELEASE_WINDOW, SHORTEST_RETRY, Ledger, StageUsage, WorkerRows
+from kimia.streams.wire import Wire, WireOptions
+
+pytestmark = pytest.mark.unit
+
+ROUTE = (TOKENIZER, LLM, DETOKENIZER)
+LONG = 60.0  # seconds: longer than any test
+
+
+@pytest.fixture
+async def ledger(journal_url):
+    wire = await Wire.connect(journal_url, options=WireOptions(lease=LONG))
+    yield Ledger(wire)
+    await wire.aclose()
+
+
+@pytest.fixture
+async def brief(journal_url):
+    """A ledger whose announcements end after 30 ms."""
+    wire = await Wire.connect(journal_url, options=WireOptions(lease=0.01))
+    yield Ledger(wire)
+    await wire.aclose()
+
+
+async def offer(ledger, rows=2, route=ROUTE):
+    for kind in route:
+        await ledger.announce(kind, f"{kind.name}-1", rows, 0)
+
+
+async def reserved(ledger):
+    return [usage.reserved for usage in (await ledger.usage()).values()]
+
+
+async def until(condition):
+    """Wait for the server's clock."""
+    async with asyncio.timeout(5):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_workers_are_counted_until_they_withdraw(ledger):
+    await ledger.announce(LLM, "a", 4, 1)
+    await ledger.announce(LLM, "b", 2, 2)
+    await ledger.announce(LLM, "a", 8, 3)
+    usage = await ledger.usage()
+    assert list(usage) == list(STAGES)
+    assert usage["llm"] == StageUsage({"a": WorkerRows(8, 3), "b": WorkerRows(2, 2)}, 10, 0)
+    await ledger.withdraw(LLM, "a")
+    assert (await ledger.usage())["llm"].capacity == 2
+
+
+async def test_a_silent_worker_is_counted_no_more(ledger, brief):
+    await offer(ledger, rows=1)
+    await brief.announce(LLM, "silent", 5, 0)
+
+    async def forgotten():
+        return (await ledger.usage())["llm"].capacity == 1
+
+    await until(forgotten)
+    await ledger.reserve("a", "t", ROUTE, LONG)
+    with pytest.raises(CapacityError, match="all 1 rows"):
+        await ledger.reserve("b", "t", ROUTE, LONG)
+
+
+async def test_the_names_of_silent_workers_do_not_pile_up(ledger, brief):
+    await brief.announce(LLM, "silent", 5, 0)
+
+    async def ended():
+        return not (await ledger.usage())["llm"].workers
+
+    await until(ended)
+    await ledger.announce(LLM, "a", 1, 0)
+    assert await ledger._wire.journal.hkeys("{ledger}:workers:llm") == [b"a"]
+
+
+async def test_sessions_are_admitted_up_to_the_rows_of_every_stage(ledger):
+    await offer(ledger, rows=2)
+    await ledger.announce(LLM, "other", 1, 0)
+    await ledger.reserve("a", "t", ROUTE, LONG)
+    await ledger.reserve("b", "t", ROUTE, LONG)
+    with pytest.raises(CapacityError, match="all 2 rows of the tokenizer") as refused:
+        await ledger.reserve("c", "t", ROUTE, LONG)
+    assert refused.value.reason == "AT_CAPACITY"
+    assert await reserved(ledger) == [2, 2, 2]
+    await ledger.reserve("c", "t", [LLM], LONG)
+    assert await reserved(ledger) == [2, 3, 2]
+
+
+async def test_a_refusal_changes_nothing(ledger):
+    await offer(ledger, route=(TOKENIZER, LLM))
+    with pytest.raises(CapacityError, match="no detokenizer worker is running") as refused:
+        await ledger.reserve("a", "t", ROUTE, LONG)
+    assert refused.value.retry_after == NO_WORKER_RETRY
+    assert await reserved(ledger) == [0, 0, 0]
+    assert not await ledger.renew("a", LONG)
+
+
+async def test_fifty_at_once_never_exceed_the_rows(ledger):
+    await offer(ledger, rows=7)
+    await ledger.announce(DETOKENIZER, "more", 50, 0)
+
+    async def attempt(number):
+        try:
+            await ledger.reserve(f"s{number}", "t", ROUTE, LONG)
+        except CapacityError:
+            return False
+        return True
+
+    admitted = await asyncio.gather(*(attempt(number) for number in range(50)))
+    assert sum(admitted) == 7
+    assert await reserved(ledger) == [7, 7, 7]
+
+
+async def test_release_frees_every_stage_and_may_be_said_twice(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", ROUTE, LONG)
+    await ledger.release("a")
+    await ledger.release("a")
+    assert await reserved(ledger) == [0, 0, 0]
+    await ledger.reserve("b", "t", ROUTE, LONG)
+
+
+async def test_reservations_end_unless_they_are_renewed(ledger):
+    await offer(ledger, rows=2)
+    await ledger.reserve("kept", "t", ROUTE, 0.05)
+    await ledger.reserve("lost", "t", ROUTE, 0.05)
+    assert await ledger.renew("kept", LONG)
+
+    async def ended():
+        return await reserved(ledger) == [1, 1, 1]
+
+    await until(ended)
+    assert not await ledger.renew("lost", LONG)
+    await ledger.reserve("next", "t", ROUTE, LONG)
+    with pytest.raises(CapacityError):
+        await ledger.reserve("lost", "t", ROUTE, LONG)
+
+
+async def test_a_session_that_holds_its_rows_is_never_refused(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", ROUTE, LONG, tenant_limit=1)
+    for kind in ROUTE:
+        await ledger.withdraw(kind, f"{kind.name}-1")
+    await ledger.reserve("a", "t", ROUTE, LONG, tenant_limit=1)
+    assert await reserved(ledger) == [1, 1, 1]
+
+
+async def test_a_route_may_widen_and_never_narrows(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", [LLM], LONG)
+    await ledger.reserve("a", "t", [LLM, DETOKENIZER], LONG)
+    await ledger.reserve("a", "t", [LLM], LONG)
+    assert await reserved(ledger) == [0, 1, 1]
+    await ledger.release("a")
+    assert await reserved(ledger) == [0, 0, 0]
+
+
+async def test_a_session_keeps_what_it_has_when_widening_is_refused(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("other", "t", [DETOKENIZER], LONG)
+    await ledger.reserve("a", "t", [LLM], LONG)
+    with pytest.raises(CapacityError):
+        await ledger.reserve("a", "t", [LLM, DETOKENIZER], LONG)
+    assert await reserved(ledger) == [0, 1, 1]
+    assert await ledger.renew("a", LONG)
+
+
+async def test_tenants_have_limits_of_their_own(ledger):
+    await offer(ledger, rows=9)
+    await ledger.reserve("a", "t", ROUTE, LONG, tenant_limit=2)
+    await ledger.reserve("b", "t", ROUTE, LONG, tenant_limit=2)
+    with pytest.raises(CapacityError) as refused:
+        await ledger.reserve("c", "t", ROUTE, LONG, tenant_limit=2)
+    assert refused.value.reason == "TENANT_LIMIT"
+    await ledger.reserve("d", "u", ROUTE, LONG, tenant_limit=2)
+    await ledger.release("a")
+    await ledger.reserve("c", "t", ROUTE, LONG, tenant_limit=2)
+
+
+async def test_the_retry_delay_follows_the_rate_of_releases(ledger):
+    await offer(ledger, rows=100)
+
+    async def refused_when_full(rows):
+        await ledger.announce(LLM, "llm-1", rows, 0)
+        with pytest.raises(CapacityError) as refused:
+            await ledger.reserve("late", "t", [LLM], LONG)
+        return refused.value.retry_after
+
+    for number in range(70):
+        await ledger.reserve(f"s{number}", "t", [LLM], LONG)
+    assert await refused_when_full(70) == RELEASE_WINDOW
+    for number in range(10):
+        await ledger.release(f"s{number}")
+    assert await refused_when_full(60) == pytest.approx(RELEASE_WINDOW / 10)
+    for number in range(10, 69):
+        await ledger.release(f"s{number}")
+    assert await refused_when_full(1) == pytest.approx(SHORTEST_RETRY)
+
+
+async def test_everything_but_the_workers_expires(ledger):
+    await offer(ledger)
+    await ledger.reserve("a", "t", ROUTE, LONG)
+    await ledger.reserve("b", "t", ROUTE, LONG)
+    await ledger.release("b")
+    client = ledger._wire.journal
+    for key in await client.keys("*"):
+        assert key.startswith(b"{ledger}:")
+        assert (b":workers:" in key) == (await client.pttl(key) == -1)
