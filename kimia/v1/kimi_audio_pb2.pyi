@@ -131,7 +131,9 @@ class ConverseRequest(_message.Message):
 
     @_builtins.property
     def text(self) -> Global___CallerText:
-        """Text of the caller, at its place between the sounds."""
+        """Text of the caller, at its place between the sounds. It is confirmed by what follows it: sound that was stored, or
+        a turn that started; until then it is sent again after a lost connection.
+        """
 
     @_builtins.property
     def say(self) -> Global___Say:
@@ -296,8 +298,11 @@ class Say(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The characters."""
+    idempotency_key: _builtins.str
+    """A second one with the same key follows the same turn."""
     @_builtins.property
     def options(self) -> _conversation_pb2.TurnOptions:
         """How; unset: as configured."""
@@ -307,10 +312,11 @@ class Say(_message.Message):
         *,
         text: _builtins.str = ...,
         options: _conversation_pb2.TurnOptions | None = ...,
+        idempotency_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "options", b"options", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,8 @@ class SessionRecord(_message.Message):
     INPUT_FORMAT_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     HEARD_MS_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
+    ONE_OFF_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The session."""
     running_turn_id: _builtins.str
@@ -50,6 +52,8 @@ class SessionRecord(_message.Message):
     """Index of the first piece of sound that the turn `open_turn_id` holds, or will hold."""
     heard_ms: _builtins.int
     """Output that the caller has heard of the running turn, milliseconds."""
+    one_off: _builtins.bool
+    """A conversation of one request only, to be deleted when its turn was told."""
     @_builtins.property
     def caller(self) -> _turn_pb2.Caller:
         """On whose account."""
@@ -68,7 +72,9 @@ class SessionRecord(_message.Message):
 
     @_builtins.property
     def pending(self) -> _containers.RepeatedCompositeFieldContainer[_conversation_pb2.Message]:
-        """Text and clips collected by that turn, in their order."""
+        """Text and clips collected for the next turn, in their order, up to the last clip. Text after it is not confirmed to
+        the caller, who sends it again after a lost connection.
+        """
 
     @_builtins.property
     def input_format(self) -> _audio_pb2.AudioFormat:
@@ -77,6 +83,10 @@ class SessionRecord(_message.Message):
     @_builtins.property
     def options(self) -> _conversation_pb2.TurnOptions:
         """How answers are made."""
+
+    @_builtins.property
+    def asked(self) -> _containers.RepeatedCompositeFieldContainer[_conversation_pb2.Message]:
+        """What the running turn answers; it joins `messages`, with the answer, when the turn has ended."""
 
     def __init__(
         self,
@@ -93,10 +103,12 @@ class SessionRecord(_message.Message):
         input_format: _audio_pb2.AudioFormat | None = ...,
         options: _conversation_pb2.TurnOptions | None = ...,
         heard_ms: _builtins.int = ...,
+        asked: _abc.Iterable[_conversation_pb2.Message] | None = ...,
+        one_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "input_format", b"input_format", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "turn_ids", b"turn_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "turn_ids", b"turn_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
