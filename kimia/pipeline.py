@@ -287,7 +287,7 @@ class KimiAudio:
     def _events(self, turn: _Turn, synthesis: Synthesis | None) -> Iterator[Event]:
         """Generate, and synthesise each chunk as soon as its last code is there."""
         steps: list[Step] = []
-        text = _Text(self.tokenizer, self.track_tokens, keep_special=turn.preset is UPSTREAM)
+        text = TextTrack(self.tokenizer, self.track_tokens, keep_special=turn.preset is UPSTREAM)
         speech = _Speech(synthesis, turn.preset, self.track_tokens)
         for step in generate(self.lm, prompt_row(turn.prompt), self.track_tokens, turn.options):
             steps.append(step)
@@ -304,7 +304,7 @@ class KimiAudio:
         return self.detokenizer
 
 
-class _Text:
+class TextTrack:
     """Steps in, text out, up to the end of the text track; audio codes drawn in it are left out."""
 
     def __init__(self, tokenizer: TextTokenizer, tokens: TrackTokens, *, keep_special: bool) -> None:

@@ -1,0 +1,161 @@
+"""The language model stage: a conversation and its encoded clips in, one chunk per step out.
+
+Each step is computed by itself, so the turns of a process interleave step by step. An interrupted turn is continued by
+sending the ids that were given out through the same steps again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from kimia.compute import ComputeThread, open_model
+from kimia.errors import ParameterError
+from kimia.model.conversation import Message
+from kimia.model.generate import GenerateOptions, Step, TrackTokens, generate
+from kimia.model.lm import DualTrackLM, load_lm
+from kimia.model.presets import UPSTREAM
+from kimia.model.prompt import Prompt, build_prompt
+from kimia.model.text import TextTokenizer
+from kimia.pipeline import TextTrack, answer_steps, prompt_row, track_tokens
+from kimia.runtime.settings import Settings
+from kimia.stage import LLM, StageKind
+from kimia.v1 import conversation_pb2, turn_pb2
+from kimia.v1.turn_pb2 import (
+    STOP_REASON_AUDIO_EOD,
+    STOP_REASON_MAX_NEW_TOKENS,
+    STOP_REASON_TEXT_EOS,
+    STOP_REASON_UNSPECIFIED,
+    Chunk,
+    Encoded,
+    StageReport,
+    StopReason,
+    Turn,
+)
+from services.llm.budget import Fitted, answer_room, fit, turn_starts
+from services.llm.conversation import gather_clips, join_clips, read_messages
+from services.llm.options import AnswerOptions, read_options
+
+STOPS: dict[str | None, StopReason.ValueType] = {
+    None: STOP_REASON_UNSPECIFIED,
+    "text_eos": STOP_REASON_TEXT_EOS,
+    "audio_eod": STOP_REASON_AUDIO_EOD,
+    "max_new_tokens": STOP_REASON_MAX_NEW_TOKENS,
+}
+WARM_UP_STEPS = 2  # beyond the delay, so that both heads are used
+
+
+class LanguageModelStage:
+    """The language model of one checkpoint with its text tokenizer."""
+
+    kind: StageKind = LLM
+
+    def __init__(self, lm: DualTrackLM, tokenizer: TextTokenizer, compute: ComputeThread) -> None:
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.compute = compute
+        self.tokens = track_tokens(lm.config, tokenizer)
+
+    @classmethod
+    def load(cls, settings: Settings) -> LanguageModelStage:
+        """Load the language model of the settings' checkpoint. Raises CheckpointError, ParameterError."""
+        place = open_model(settings)
+        root = place.checkpoint.root
+        tokenizer = TextTokenizer.load(root, place.configs.lm)
+        lm = load_lm(root, device=place.device, dtype=place.dtype)
+        return cls(lm, tokenizer, ComputeThread(settings.threads))
+
+    async def warm_up(self) -> None:
+        """Answer a greeting with a few steps of both tracks."""
+        turn = Turn()
+        turn.messages.add(role=conversation_pb2.ROLE_USER).text.text = "Hello"
+        turn.options.max_new_tokens = self.tokens.delay + WARM_UP_STEPS
+        async for _ in self.run(turn, _nothing()):
+            pass
+
+    async def run(
+        self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
+    ) -> AsyncIterator[Chunk]:
+        """Answer step by step, or go on behind the steps that were given out already.
+
+        The inbox is read up to the last clip that the prompt needs. Raises ConversationError, AudioError, StateError,
+        ParameterError, ContextLengthError, NumericsError.
+        """
+        if published and published[-1].final:
+            return
+        compute = self.compute.turn()
+        asked = read_options(turn, self.tokenizer)
+        messages = read_messages(turn, self.lm.config)
+        pieces = await gather_clips(turn, inbox)
+        fitted = await compute.run(self._fitted, asked, messages, pieces)
+        replay = tuple((chunk.step.text_id, chunk.step.audio_id) for chunk in published)
+        options = GenerateOptions(asked.output_type, fitted.steps, asked.sampling, asked.seed, None, asked.say, replay)
+        steps = generate(self.lm, prompt_row(fitted.prompt), self.tokens, options)
+        answer = AnswerChunks(self.tokenizer, self.tokens, asked)
+        while (step := await compute.run(next, steps, None)) is not None:
+            chunk = answer.chunk(step)
+            if step.stop is not None:
+                chunk.final = True
+                chunk.report.CopyFrom(_report(compute.seconds, fitted, step))
+            if not step.replayed:
+                yield chunk
+
+    def _fitted(
+        self, asked: AnswerOptions, messages: Sequence[Message], pieces: Mapping[int, Sequence[Encoded]]
+    ) -> Fitted:
+        """The prompt, with as much of the conversation as fits, and the steps that it leaves."""
+        config = self.lm.config
+        clips = join_clips(messages, pieces, config.adaptor_input_dim)
+
+        def lay_out(start: int) -> Prompt:
+            later = {index - start: clip for index, clip in clips.items() if index >= start}
+            return build_prompt(messages[start:], later, asked.output_type, config, self.tokenizer)
+
+        def allowed(prompt: Prompt) -> int:
+            return answer_steps(prompt, asked.output_type, asked.limit, config, asked.preset)
+
+        said = len(asked.say or ())
+        room = answer_room(asked.output_type, config.audio_delay, asked.limit, said)
+        fitted = fit(turn_starts(messages), lay_out, allowed, room)
+        if asked.say is not None and said >= fitted.steps:
+            raise ParameterError(
+                f"the text to say has {said} tokens and the answer only {fitted.steps} steps; shorten it"
+            )
+        return fitted
+
+
+class AnswerChunks:
+    """The steps of one answer as chunks of the log."""
+
+    def __init__(self, tokenizer: TextTokenizer, tokens: TrackTokens, asked: AnswerOptions) -> None:
+        self._text = TextTrack(tokenizer, tokens, keep_special=asked.preset is UPSTREAM)
+        self._tokens = tokens
+        self._speaks = asked.output_type == "both"
+
+    def chunk(self, step: Step) -> Chunk:
+        """One step; every step must come, in its order, for the text to be whole."""
+        deltas = [*self._text.feed(step), *(self._text.finish(step.index + 1) if step.stop else ())]
+        entry = turn_pb2.Step(
+            text_id=step.text_id,
+            audio_id=step.audio_id,
+            text="".join(delta.text for delta in deltas),
+            stop=STOPS[step.stop],
+            in_transcript=not self._text.ended and step.text_id < self._tokens.token_offset,
+            speaking=self._speaks and step.index >= self._tokens.delay,
+        )
+        if step.audio_id >= self._tokens.token_offset:
+            entry.code = step.audio_id - self._tokens.token_offset
+        return Chunk(index=step.index, step=entry)
+
+
+def _report(seconds: float, fitted: Fitted, last: Step) -> StageReport:
+    return StageReport(
+        compute_seconds=seconds,
+        prompt_positions=len(fitted.prompt),
+        dropped_messages=fitted.dropped,
+        units=last.index + 1,
+    )
+
+
+async def _nothing() -> AsyncIterator[Chunk]:
+    return
+    yield

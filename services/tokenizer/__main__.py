@@ -1,0 +1,9 @@
+"""`python -m services.tokenizer`: the stage as a process, configured by the environment (`kimia.runtime.settings`)."""
+
+from kimia.runtime.service import run_stage
+
+from kimia.stage import TOKENIZER
+from services.tokenizer.stage import TokenizerStage
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage(TokenizerStage.load, TOKENIZER))
