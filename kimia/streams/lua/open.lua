@@ -1,0 +1,24 @@
+-- Open a turn, or find the one that the same request has opened.
+-- KEYS   1-6 the turn's; 7 tombstone of the session; 8 counter of reader tokens; 9 idempotency key, if there is one
+-- ARGV   turn id, spec, reader, session, tenant, key id, ttl of a turn (ms), ttl of a session (ms)
+-- answer {gone} | {opened, turn id, token} | {existing, turn id, token; 0 where somebody else reads it}
+local turn, spec, reader, session, tenant, key, ttl, session_ttl = unpack(ARGV)
+local idem = KEYS[9]
+
+if redis.call('EXISTS', KEYS[7]) == 1 then return {'gone'} end
+for _, id in ipairs({idem and redis.call('GET', idem) or turn, turn}) do
+  local old = fields(P .. ':turn:' .. id, 'reader', 'reader_token')
+  if old[2] then return {'existing', id, old[1] == reader and tonumber(old[2]) or 0} end
+end
+
+local token = redis.call('INCR', KEYS[8])
+redis.call('HSET', KEYS[1], 'state', 'open', 'turn', spec, 'reader', reader, 'reader_token', token, 'session', session,
+  'tenant', tenant, 'key', key, 'ttl', ttl, 'opened', clock())
+redis.call('SADD', KEYS[6], turn)
+renew_turn(ttl)
+renew(KEYS[6], ttl + session_ttl)
+if idem then
+  redis.call('SET', idem, turn, 'PX', ttl + session_ttl)
+  redis.call('HSET', KEYS[1], 'idem', idem)
+end
+return {'opened', turn, token}

@@ -1,0 +1,87 @@
+"""Small turns, chunks and a whole wire for the tests of the journal and the jobs."""
+
+from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
+from kimia.streams import keys
+from kimia.streams.jobs import Claim, Jobs
+from kimia.streams.journal import Journal
+from kimia.streams.wire import Wire, WireOptions
+from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, Speech, Step, Turn
+
+SPEECH = ("tokenizer", "llm", "detokenizer")
+QUICK = WireOptions(lease=0.02)  # leases end as soon as a test waits for it
+
+
+def new_turn(session: str = "s1", route=("llm",), **fields) -> Turn:
+    turn = Turn(id=keys.new_turn_id(session), session_id=session, seed=7, route=[STAGES[n].number for n in route])
+    turn.caller.tenant, turn.caller.key_id = "acme", "k1"
+    for name, value in fields.items():
+        setattr(turn, name, value)
+    return turn
+
+
+def sound(index: int, final: bool = False) -> Chunk:
+    return Chunk(index=index, final=final, input=InputAudio(clip=0, data=b"\1\2", clip_end=final))
+
+
+def encoded(index: int, final: bool = False, key: str = "") -> Chunk:
+    return Chunk(index=index, final=final, encoded=Encoded(clip=0, codes=[index], feature_key=key))
+
+
+def step(index: int, final: bool = False, text: str = "") -> Chunk:
+    return Chunk(index=index, final=final, step=Step(text_id=index, code=index, text=text))
+
+
+def speech(index: int, final: bool = False) -> Chunk:
+    return Chunk(index=index, final=final, speech=Speech(pcm=b"\0\0", sample_rate=24000))
+
+
+class World:
+    """A journal and the workers of all stages, each of which may be started again under another name."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.journal = Journal(wire)
+        self.redis = wire.journal
+
+    async def worker(self, kind=LLM, name: str = "w1") -> Jobs:
+        jobs = Jobs(self.wire, kind, name)
+        await jobs.prepare()
+        return jobs
+
+    async def submitted(self, turn: Turn | None = None, worker: str | None = None) -> Turn:
+        turn = turn or new_turn()
+        opened = await self.journal.open_turn(turn, "orchestrator")
+        await self.journal.submit(turn, opened.token, worker)
+        return turn
+
+    async def claimed(self, jobs: Jobs, turn: Turn | None = None) -> Claim:
+        await self.submitted(turn)
+        [claim] = await jobs.sweep(1)
+        return claim
+
+    async def recovered(self, jobs: Jobs, count: int = 1) -> list[Claim]:
+        """Poll until a lease has ended and something is recovered."""
+        for _ in range(1000):
+            if claims := await jobs.recover(count):
+                return claims
+            await self.redis.execute_command("PING")
+        raise AssertionError("nothing was recovered")
+
+    async def state(self, turn: Turn) -> str:
+        return (await self.journal.head(turn.id)).state
+
+    async def pointers(self, owner: str, p: str = "{0}") -> list[tuple[str, str, int]]:
+        """(turn, log, next) of an inbox."""
+        entries = await self.redis.xrange(keys.inbox(p, owner))
+        return [(f[b"t"].decode(), f[b"l"].decode(), int(f[b"n"])) for _, f in entries]
+
+    async def names(self) -> set[str]:
+        """Every key there is."""
+        return {key.decode() async for key in self.redis.scan_iter(count=1000)}
+
+    async def permanent(self) -> set[str]:
+        """Keys that do not expire."""
+        return {name for name in await self.names() if await self.redis.ttl(name) < 0}
+
+
+__all__ = ["DETOKENIZER", "LLM", "QUICK", "SPEECH", "TOKENIZER", "World"]
