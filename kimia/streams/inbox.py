@@ -1,0 +1,201 @@
+"""What is new for one process: one blocked read per partition serves all turns that it follows.
+
+Writers append a pointer (turn, log) to the inbox of whoever reads on; a feed that is woken reads the log itself from
+where it stands. So a pointer carries no content, and one that is lost (trimmed, or its server restarted) costs a delay
+and never a turn: after every failure of the connection, and when nothing came for a while, feeds look for themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import redis.asyncio as redis
+from redis.exceptions import RedisError
+
+from kimia.stage import Log
+from kimia.streams import keys
+from kimia.streams.journal import Head, Journal
+from kimia.streams.patience import Patience, pause_after
+from kimia.streams.wire import Wire
+from kimia.v1.turn_pb2 import Chunk
+
+BLOCK = 1.0  # seconds of one blocked read: a stop that is not noticed takes no longer
+BATCH = 1000  # pointers read at once; a full batch means that older ones may have been trimmed
+LOOK = 5.0  # seconds after which a feed that heard nothing looks for itself
+
+
+class Inbox:
+    """The inbox of one process, open while used as a context manager. `owner` is unique per process start."""
+
+    def __init__(self, wire: Wire, owner: str, look: float = LOOK) -> None:
+        self.owner = owner
+        self.journal = Journal(wire)
+        self.patience = Patience()
+        self.look = look
+        self._wire = wire
+        self._feeds: dict[str, set[Feed]] = {}
+        self._stopped = False
+        self._reads: list[asyncio.Task[None]] = []
+        self._clients: list[redis.Redis] = []
+
+    async def __aenter__(self) -> Self:
+        for partition in self._wire.partitions:
+            client = self._wire.blocking()
+            self._clients.append(client)
+            self._reads.append(asyncio.create_task(self._follow(client, keys.inbox(partition, self.owner))))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stopped = True
+        for task in self._reads:
+            task.cancel()
+        await asyncio.gather(*self._reads, return_exceptions=True)
+        for client in self._clients:
+            await client.aclose()
+
+    def feed(self, turn_id: str) -> Feed:
+        """Follow a turn: what happens from now on is heard. Close the feed, or use it as a context manager."""
+        feed = Feed(self, turn_id)
+        self._feeds.setdefault(turn_id, set()).add(feed)
+        return feed
+
+    def forget(self, feed: Feed) -> None:
+        """Stop waking a feed."""
+        feeds = self._feeds.get(feed.turn_id, set())
+        feeds.discard(feed)
+        if not feeds:
+            self._feeds.pop(feed.turn_id, None)
+
+    # ---- reading pointers ----
+
+    async def _follow(self, client: redis.Redis, key: str) -> None:
+        """Read one partition's pointers until stopped; after a failure find the end anew and wake everybody."""
+        failures = 0
+        while not self._stopped:
+            try:
+                last = await self._tail(client, key)
+                self._wake_all()
+                failures = 0
+                while not self._stopped:
+                    last = await self._read(client, key, last)
+            except (RedisError, OSError):
+                failures += 1
+                await asyncio.sleep(pause_after(failures))
+
+    async def _tail(self, client: redis.Redis, key: str) -> Any:
+        entries: Any = await client.xrevrange(key, count=1)
+        return entries[0][0] if entries else b"0-0"
+
+    async def _read(self, client: redis.Redis, key: str, last: Any) -> Any:
+        """Wait for pointers behind the id `last` and wake the feeds they name; the id to go on from."""
+        answer: Any = await client.xread({key: last}, count=BATCH, block=round(BLOCK * 1000))
+        entries = answer[0][1] if answer else []
+        for _, fields in entries:
+            for feed in self._feeds.get(fields[b"t"].decode(), ()):
+                feed.wake(fields[b"l"].decode())
+        if len(entries) == BATCH:
+            self._wake_all()
+        return entries[-1][0] if entries else last
+
+    def _wake_all(self) -> None:
+        for feeds in self._feeds.values():
+            for feed in feeds:
+                feed.wake("state")
+
+
+class Feed:
+    """One turn as it goes on. Waits out a journal that cannot be reached."""
+
+    def __init__(self, inbox: Inbox, turn_id: str) -> None:
+        self.turn_id = turn_id
+        self._inbox = inbox
+        self._waiting: set[_Bell] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Follow the turn no longer."""
+        self._inbox.forget(self)
+
+    def wake(self, log: str) -> None:
+        """Something is new in a log; "state": anything may be."""
+        for bell in self._waiting:
+            bell.ring(log)
+
+    async def chunks(self, log: Log, start: int = 0) -> AsyncIterator[Chunk]:
+        """The log's chunks from index `start` on, as they come.
+
+        Ends after the final one, or where the log stands when the turn has reached a terminal state. Raises
+        NotFoundError when the turn is gone.
+        """
+        bell = _Bell(log)
+        self._waiting.add(bell)
+        try:
+            while True:
+                looked = bell.answer()
+                ended = looked and (await self._head()).over  # before the read: nothing follows the end
+                for chunk in await self._read(log, start):
+                    yield chunk
+                    start = chunk.index + 1
+                    if chunk.final:
+                        return
+                if ended:
+                    return
+                await bell.wait(self._inbox.look)
+        finally:
+            self._waiting.discard(bell)
+
+    async def ended(self) -> Head:
+        """Wait for a terminal state. Raises NotFoundError when the turn is gone."""
+        bell = _Bell("state")
+        self._waiting.add(bell)
+        try:
+            while True:
+                bell.answer()
+                head = await self._head()
+                if head.over:
+                    return head
+                await bell.wait(self._inbox.look)
+        finally:
+            self._waiting.discard(bell)
+
+    async def _head(self) -> Head:
+        return await self._inbox.patience.reach(lambda: self._inbox.journal.head(self.turn_id))
+
+    async def _read(self, log: Log, start: int) -> list[Chunk]:
+        return await self._inbox.patience.reach(lambda: self._inbox.journal.read(self.turn_id, log, start))
+
+
+class _Bell:
+    """What one reader of a feed waits for: its log, or a change of the turn's state."""
+
+    def __init__(self, log: str) -> None:
+        self._log = log
+        self._rung = asyncio.Event()
+        self._look = True  # whether the state may have changed too
+
+    def ring(self, log: str) -> None:
+        """Say what is new."""
+        self._look |= log == "state"
+        if log in ("state", self._log):
+            self._rung.set()
+
+    def answer(self) -> bool:
+        """Begin to look for what is new; whether the state must be looked at as well."""
+        look, self._look = self._look, False
+        self._rung.clear()
+        return look
+
+    async def wait(self, seconds: float) -> None:
+        """Until it rings; after so many seconds everything is looked at all the same."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._rung.wait()
+        except TimeoutError:
+            self._look = True

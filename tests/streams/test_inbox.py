@@ -1,0 +1,209 @@
+"""One blocked read wakes every feed, and no pointer that is lost hangs a turn."""
+
+import asyncio
+
+import pytest
+
+from kimia.errors import NotFoundError
+from kimia.stage import LLM
+from kimia.streams import keys
+from kimia.streams.inbox import Inbox
+from kimia.streams.jobs import Jobs
+from kimia.streams.journal import Journal
+from kimia.streams.wire import Wire, WireOptions
+from kimia.v1.turn_pb2 import Chunk, Failure, Step, Turn
+
+pytestmark = pytest.mark.unit
+
+NEVER = 60.0  # seconds: a feed that never looks for itself within a test
+
+
+class Writer:
+    """An orchestrator and an llm worker in one: opens turns for a reader and publishes steps."""
+
+    def __init__(self, wire, reader):
+        self.wire = wire
+        self.journal = Journal(wire)
+        self.jobs = Jobs(wire, LLM, "worker")
+        self.reader = reader
+        self.claims = {}
+
+    async def begin(self):
+        session = keys.new_session_id()
+        turn = Turn(id=keys.new_turn_id(session), session_id=session, route=[LLM.number])
+        opened = await self.journal.open_turn(turn, self.reader)
+        await self.journal.submit(turn, opened.token)
+        (self.claims[turn.id],) = await self.jobs.sweep(1)
+        return turn.id
+
+    async def publish(self, turn_id, index, final=False):
+        await self.jobs.publish(self.claims[turn_id], Chunk(index=index, final=final, step=Step(text_id=index)))
+
+
+@pytest.fixture(params=[1, 3], ids=["one partition", "three partitions"])
+async def wire(request, journal_url):
+    wire = await Wire.connect(journal_url, options=WireOptions(partitions=request.param, lease=NEVER))
+    yield wire
+    await wire.aclose()
+
+
+@pytest.fixture
+async def writer(wire):
+    writer = Writer(wire, "me")
+    await writer.jobs.prepare()
+    return writer
+
+
+@pytest.fixture
+async def inbox(wire, writer):
+    async with Inbox(wire, "me", look=NEVER) as inbox:
+        yield inbox
+
+
+async def indices(feed, log="tokens", start=0):
+    return [chunk.index async for chunk in feed.chunks(log, start)]
+
+
+async def test_what_was_written_before_is_read_too(inbox, writer):
+    turn = await writer.begin()
+    for index in range(3):
+        await writer.publish(turn, index, final=index == 2)
+    with inbox.feed(turn) as feed:
+        assert await indices(feed) == [0, 1, 2]
+        assert await indices(feed, start=2) == [2]
+
+
+async def test_chunks_come_as_they_are_written(inbox, writer):
+    turn = await writer.begin()
+    with inbox.feed(turn) as feed:
+        chunks = feed.chunks("tokens")
+        for index in range(20):
+            waiting = asyncio.create_task(anext(chunks))
+            await asyncio.sleep(0)
+            await writer.publish(turn, index, final=index == 19)
+            assert (await waiting).index == index
+        with pytest.raises(StopAsyncIteration):
+            await anext(chunks)
+
+
+async def test_many_turns_and_logs_are_followed_at_once(inbox, writer):
+    turns = [await writer.begin() for _ in range(12)]
+    feeds = [inbox.feed(turn) for turn in turns]
+    reads = [asyncio.create_task(indices(feed, start=start)) for feed in feeds for start in (0, 1)]
+    silent = [asyncio.create_task(indices(feed, "audio")) for feed in feeds]
+    for index in range(4):
+        await asyncio.gather(*(writer.publish(turn, index, final=index == 3) for turn in turns))
+    assert await asyncio.gather(*reads) == [[0, 1, 2, 3], [1, 2, 3]] * 12
+    assert await asyncio.gather(*silent) == [[]] * 12  # these logs are not on the route: the end of the turn ends them
+    for feed in feeds:
+        feed.close()
+    assert inbox._feeds == {}
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "error", "done"])
+async def test_a_terminal_state_ends_everything(inbox, writer, ending):
+    turn = await writer.begin()
+    with inbox.feed(turn) as feed:
+        read, ended = asyncio.create_task(indices(feed)), asyncio.create_task(feed.ended())
+        await writer.publish(turn, 0)
+        if ending == "cancelled":
+            await writer.journal.cancel(turn)
+        elif ending == "error":
+            await writer.jobs.fail(writer.claims[turn], Failure(reason="X"))
+        else:
+            await writer.publish(turn, 1, final=True)
+        assert (await ended).state == ending
+        assert await read == ([0, 1] if ending == "done" else [0])
+        assert (await feed.ended()).state == ending
+
+
+async def test_a_turn_that_is_gone_is_told(inbox):
+    with inbox.feed(keys.new_turn_id("nobody")) as feed:
+        with pytest.raises(NotFoundError):
+            await feed.ended()
+        with pytest.raises(NotFoundError):
+            await indices(feed)
+
+
+async def test_two_feeds_of_one_turn_are_both_woken(inbox, writer):
+    turn = await writer.begin()
+    with inbox.feed(turn) as one, inbox.feed(turn) as two:
+        reads = [asyncio.create_task(indices(feed)) for feed in (one, two)]
+        await asyncio.sleep(0)
+        await writer.publish(turn, 0, final=True)
+        assert await asyncio.gather(*reads) == [[0], [0]]
+
+
+async def test_pointers_to_others_turns_are_passed_over(inbox, writer):
+    other, turn = await writer.begin(), await writer.begin()
+    with inbox.feed(turn) as feed:
+        read = asyncio.create_task(indices(feed))
+        await writer.publish(other, 0, final=True)
+        await writer.publish(turn, 0, final=True)
+        assert await read == [0]
+
+
+async def asleep(feed):
+    """Until every reader of the feed waits for a pointer."""
+    async with asyncio.timeout(5):
+        while not feed._waiting or any(bell._look or bell._rung.is_set() for bell in feed._waiting):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+
+
+async def lose_pointers(wire, *names):
+    for partition in wire.partitions:
+        for name in names:
+            await wire.journal.delete(keys.inbox(partition, name))
+
+
+async def test_a_lost_pointer_costs_a_delay_only(wire, writer):
+    async with Inbox(wire, "nobody's", look=0.02) as inbox:  # pointers go to the inbox of "me"
+        turn = await writer.begin()
+        with inbox.feed(turn) as feed:
+            read, ended = asyncio.create_task(indices(feed)), asyncio.create_task(feed.ended())
+            await asyncio.sleep(0)
+            await writer.publish(turn, 0)
+            await writer.publish(turn, 1, final=True)
+            assert await read == [0, 1]
+            assert (await ended).state == "done"
+
+
+async def test_after_a_lost_connection_everybody_looks(wire, writer):
+    async with Inbox(wire, "me", look=NEVER) as inbox:
+        turn = await writer.begin()
+        with inbox.feed(turn) as feed:
+            read = asyncio.create_task(indices(feed))
+            await asleep(feed)
+            writer.reader = "nobody"
+            await writer.journal.take_reader(turn, "nobody")  # the pointer goes elsewhere: it is lost
+            await writer.publish(turn, 0, final=True)
+            await wire.journal.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            async with asyncio.timeout(5):
+                assert await read == [0]
+
+
+async def test_a_full_batch_may_have_lost_some(wire, writer, monkeypatch):
+    monkeypatch.setattr("kimia.streams.inbox.BATCH", 2)
+    async with Inbox(wire, "me", look=NEVER) as inbox:
+        turns = [await writer.begin() for _ in range(2)]
+        with inbox.feed(turns[0]) as feed:
+            read = asyncio.create_task(indices(feed))
+            await asleep(feed)
+            await writer.journal.take_reader(turns[0], "nobody")
+            await writer.publish(turns[0], 0, final=True)
+            partition = keys.partition_of(keys.session_of(turns[1]), wire.options.partitions)
+            async with wire.journal.pipeline() as pipe:
+                for _ in range(4):
+                    pipe.xadd(keys.inbox(partition, "me"), {"t": turns[1], "l": "tokens", "n": 1})
+                await pipe.execute()
+            async with asyncio.timeout(5):
+                assert await read == [0]
+
+
+async def test_closing_leaves_no_task(wire):
+    before = asyncio.all_tasks()
+    async with Inbox(wire, "me"):
+        assert len(asyncio.all_tasks()) == len(before) + len(wire.partitions)
+        await asyncio.sleep(0.01)
+    assert asyncio.all_tasks() == before
