@@ -142,7 +142,7 @@ def _check_message(message: Message, field: str) -> None:
         case "text":
             _check_text(message.text, message.role == ROLE_ASSISTANT, f"{field}.text")
         case "audio":
-            _check_heard(message.audio, f"{field}.audio")
+            _check_clip(message.audio, f"{field}.audio")
         case "spoken":
             _check_spoken(message.spoken, message.role == ROLE_ASSISTANT, f"{field}.spoken")
         case _:
@@ -154,21 +154,12 @@ def _check_text(text: Text, by_ids: bool, field: str) -> None:
         raise RequestError("belong to messages of the assistant only; give the text", field=f"{field}.ids")
 
 
-def _check_heard(clip: Clip, field: str) -> None:
-    if clip.codes:
-        rule = "are not enough: the model also hears the sound itself; give `data`, or a spoken message"
-        raise RequestError(rule, field=f"{field}.codes")
-    _check_clip(clip, field)
-
-
 def _check_spoken(spoken: Spoken, by_ids: bool, field: str) -> None:
     _check_text(spoken.transcript, by_ids, f"{field}.transcript")
-    if not spoken.clip.codes:
+    if spoken.clip.codes:
+        _check_private(spoken.clip, f"{field}.clip")
+    else:
         _check_clip(spoken.clip, f"{field}.clip")
-        return
-    if spoken.clip.data:
-        raise RequestError("give the sound or its codes, not both", field=f"{field}.clip.data")
-    _check_private(spoken.clip, f"{field}.clip")
 
 
 def _check_clip(clip: Clip, field: str) -> None:

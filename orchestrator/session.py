@@ -10,11 +10,15 @@ actions of one message, in order, before it gives the next one, and tells what c
     AppendAudio    stored(index)            the others             nothing
 
 After `Fail` the call is over and every message is ignored.
+
+A client that comes back sends again what was not confirmed to it: text until sound after it was stored or its turn
+started, a commit until its turn started. So text is kept in the call alone until one of these happens, and a commit
+that is known by its key drops the text that was sent again before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
@@ -27,8 +31,10 @@ from kimia.v1.kimi_audio_pb2 import (
     AudioReceived,
     CallConfig,
     CallerAudio,
+    CallerText,
     CallReady,
     Cancel,
+    Clear,
     Commit,
     ConverseRequest,
     ConverseResponse,
@@ -38,7 +44,6 @@ from kimia.v1.kimi_audio_pb2 import (
     TurnEvent,
 )
 from orchestrator.checks import (
-    LONGEST_CLIP,
     check_idempotency_key,
     check_messages,
     check_options,
@@ -46,9 +51,11 @@ from orchestrator.checks import (
     check_say,
     sound_seconds,
 )
+from orchestrator.memory import clips_of
 
 LARGEST_PIECE = 64 * 1024  # bytes
 LONGEST_PIECE = 1.0  # seconds
+LARGEST_INPUT = 32 << 20  # bytes of sound of one turn, unless the settings say otherwise
 
 # ---- actions ----------------------------------------------------------------------------------------------------
 
@@ -67,20 +74,16 @@ class OpenTurn:
 
 @dataclass(frozen=True)
 class AppendAudio:
-    """Store one piece of sound in the open turn; `ends` is a clip that was complete before."""
+    """Store one piece of sound in the open turn.
+
+    When it begins a clip, `collected` is to be remembered first, and `ends` names the clip that is complete by that.
+    """
 
     index: int
     clip: int
     data: bytes = field(repr=False)
-    ends: int | None
-    collected: tuple[Message, ...] = field(repr=False)  # with this piece's clip
-
-
-@dataclass(frozen=True)
-class AddText:
-    """Remember what was collected, ending with a new text."""
-
-    collected: tuple[Message, ...] = field(repr=False)
+    ends: int | None = None
+    collected: tuple[Message, ...] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class SayTurn:
 
     text: str = field(repr=False)
     options: TurnOptions
+    idempotency_key: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,6 @@ Action: TypeAlias = (
     OpenSession
     | OpenTurn
     | AppendAudio
-    | AddText
     | ClearInput
     | SubmitTurn
     | SayTurn
@@ -182,7 +185,7 @@ class SessionView:
     next_audio_index: int = 0
     open_turn_id: str = ""
     collected: tuple[Message, ...] = ()
-    collected_seconds: float = 0.0
+    collected_bytes: int = 0
     running_turn_id: str = ""
     heard_ms: int | None = None  # of the running turn
     last_turn_id: str = ""
@@ -192,7 +195,8 @@ class SessionView:
 class Session:
     """The state machine of one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = LARGEST_INPUT) -> None:
+        self.max_bytes = max_bytes  # of sound that is not committed
         self.phase = Phase.AWAITING_CONFIG
         self.running = ""  # the turn that is being answered
         self.last = ""  # the turn that was answered before
@@ -200,18 +204,19 @@ class Session:
         self.collected: list[Message] = []
         self._config = CallConfig()
         self._turn_open = False
-        self._seconds = 0.0  # of sound collected
+        self._bytes = 0  # of sound collected
+        self._texts: list[Message] = []  # received in this call and not confirmed
         self._heard: dict[str, int] = {}  # milliseconds by turn: the running and the last one
         self._keys: dict[str, str] = {}
         self._submitting = ""  # idempotency key of the turn being submitted
         self._receivers: dict[str, Callable[[Any], list[Action]]] = {
             "audio": self._audio,
-            "text": lambda text: self._text(text.text),
+            "text": self._text,
             "say": self._say,
             "commit": self._commit,
             "cancel": self._cancel,
             "playback": self._playback,
-            "clear": lambda _clear: self._clear(),
+            "clear": self._clear,
         }
 
     @property
@@ -264,16 +269,15 @@ class Session:
             rule = f"leaves a gap: the next piece is {self.next_index}, got {audio.index}; send what is missing first"
             raise RequestError(rule, field="audio.index")
         self._check_piece(audio.data)
-        actions: list[Action] = [] if self._turn_open else [OpenTurn()]
-        ends = None
-        if not self._continues_clip():
-            ends = self._last_clip()
-            number = 0 if ends is None else ends + 1
-            clip = Clip(format=self._config.input_format, number=number, source_number=number)
-            self.collected.append(Message(role=ROLE_USER, audio=clip))
-        self._seconds += sound_seconds(audio.data, self._config.input_format)
-        clip_number = self.collected[-1].audio.number
-        return [*actions, AppendAudio(audio.index, clip_number, audio.data, ends, tuple(self.collected))]
+        self._bytes += len(audio.data)
+        opening: list[Action] = [] if self._turn_open else [OpenTurn()]
+        if self._continues_clip():
+            return [*opening, AppendAudio(audio.index, self.collected[-1].audio.number, audio.data)]
+        ends = self._last_clip()
+        number = 0 if ends is None else ends + 1
+        clip = Clip(format=self._config.input_format, number=number, source_number=number)
+        self.collected.append(Message(role=ROLE_USER, audio=clip))
+        return [*opening, AppendAudio(audio.index, number, audio.data, ends, tuple(self.collected))]
 
     def _check_piece(self, data: bytes) -> None:
         form = self._config.input_format
@@ -284,8 +288,9 @@ class Session:
         check_samples(data, form, "audio.data")
         if sound_seconds(data, form) > LONGEST_PIECE:
             raise RequestError(f"is longer than {LONGEST_PIECE:g} s; send smaller pieces", field="audio.data")
-        if self._seconds + sound_seconds(data, form) > LONGEST_CLIP:
-            raise RequestError(f"more than {LONGEST_CLIP:g} s were not committed; commit, or clear", field="audio.data")
+        if self._bytes + len(data) > self.max_bytes:
+            rule = f"more than {self.max_bytes} bytes of sound were not committed; commit, or clear"
+            raise RequestError(rule, field="audio.data")
 
     def _continues_clip(self) -> bool:
         last = self.collected[-1] if self.collected else None
@@ -293,16 +298,18 @@ class Session:
 
     def _last_clip(self) -> int | None:
         """Number of the last clip that was collected."""
-        numbers = [message.audio.number for message in self.collected if message.HasField("audio")]
-        return numbers[-1] if numbers else None
+        clips = clips_of(self.collected)
+        return clips[-1].number if clips else None
 
-    def _text(self, text: str) -> list[Action]:
-        if not text:
+    def _text(self, text: CallerText) -> list[Action]:
+        if not text.text:
             raise RequestError("is empty; leave it out", field="text.text")
-        self.collected.append(Message(role=ROLE_USER, text=Text(text=text)))
-        return [AddText(tuple(self.collected))]
+        message = Message(role=ROLE_USER, text=Text(text=text.text))
+        self.collected.append(message)
+        self._texts.append(message)
+        return []
 
-    def _clear(self) -> list[Action]:
+    def _clear(self, _: Clear) -> list[Action]:
         if not self.collected:
             return []
         self._reset()
@@ -311,30 +318,37 @@ class Session:
     # ---- turns ----
 
     def _commit(self, commit: Commit) -> list[Action]:
-        check_idempotency_key(commit.idempotency_key, "commit.idempotency_key")
-        known = self._keys.get(commit.idempotency_key) if commit.idempotency_key else None
-        if known is not None and known == self.running:
-            return [FollowTurn(known)]
-        self._check_idle("commit")
-        if known is not None:
+        known = self._known(commit.idempotency_key, "commit")
+        if known:
+            self.collected = [message for message in self.collected if all(message is not text for text in self._texts)]
+            self._texts = []
             return [FollowTurn(known)]
         if not self.collected:
             raise StateError("nothing was collected since the last commit; send audio or text first", field="commit")
         options = self._options(commit.options, "commit.options")
         self._submitting = commit.idempotency_key
-        action = SubmitTurn(tuple(self.collected), self._last_clip(), options, commit.idempotency_key, self.next_index)
+        action: Action = SubmitTurn(
+            tuple(self.collected), self._last_clip(), options, commit.idempotency_key, self.next_index
+        )
         self._reset()
         return [action]
 
     def _say(self, say: Say) -> list[Action]:
-        self._check_idle("say")
+        known = self._known(say.idempotency_key, "say")
+        if known:
+            return [FollowTurn(known)]
         options = self._options(say.options, "say.options")
         check_say(say.text, options, "say.text", "say.options")
-        return [SayTurn(say.text, options)]
+        self._submitting = say.idempotency_key
+        return [SayTurn(say.text, options, say.idempotency_key)]
 
-    def _check_idle(self, field: str) -> None:
-        if self.running:
+    def _known(self, key: str, field: str) -> str:
+        """The turn that was begun with this key; "": none. Raises StateError where no turn may be begun now."""
+        check_idempotency_key(key, f"{field}.idempotency_key")
+        known = self._keys.get(key, "") if key else ""
+        if self.running and self.running != known:
             raise StateError(f"turn {self.running} is being answered; cancel it first, or wait for it", field=field)
+        return known
 
     def _options(self, options: TurnOptions, field: str) -> TurnOptions:
         """The options of the call, but where the turn has its own."""
@@ -346,8 +360,9 @@ class Session:
 
     def _reset(self) -> None:
         self.collected = []
+        self._texts = []
         self._turn_open = False
-        self._seconds = 0.0
+        self._bytes = 0
 
     def _cancel(self, cancel: Cancel) -> list[Action]:
         turn = cancel.turn_id or self.running or self.last
@@ -372,7 +387,7 @@ class Session:
         self.next_index = view.next_audio_index
         self.collected = list(view.collected)
         self._turn_open = bool(view.open_turn_id)
-        self._seconds = view.collected_seconds
+        self._bytes = view.collected_bytes
         self._keys = dict(view.keys)
         if view.running_turn_id and view.heard_ms is not None:
             self._heard[view.running_turn_id] = view.heard_ms
@@ -391,6 +406,7 @@ class Session:
         """A piece of sound will not be lost."""
         self._expect(index == self.next_index, "stored")
         self.next_index = index + 1
+        self._texts = []
         return [_received_up_to(index)]
 
     def submitted(self, turn_id: str) -> list[Action]:
@@ -417,15 +433,3 @@ class Session:
 
 def _received_up_to(index: int) -> Reply:
     return Reply(ConverseResponse(audio_received=AudioReceived(index=index)))
-
-
-def clips_of(messages: Sequence[Message]) -> list[Clip]:
-    """The clips of messages, in order; changing one changes its message."""
-    found = []
-    for message in messages:
-        content = message.WhichOneof("content")
-        if content == "audio":
-            found.append(message.audio)
-        elif content == "spoken":
-            found.append(message.spoken.clip)
-    return found

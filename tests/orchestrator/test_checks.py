@@ -46,6 +46,8 @@ GOOD = {
     "sound": [user(audio=clip())],
     "a file": [user(audio=clip(b"RIFF", format=AudioFormat(encoding=ENCODING_FILE)))],
     "spoken history by codes": [assistant(spoken=Spoken(clip=Clip(codes=[1]), transcript=Text(ids=[4]))), HELLO],
+    "sound whose codes are known": [user(audio=clip(codes=[1]))],
+    "spoken history by sound and codes": [assistant(spoken=Spoken(clip=clip(codes=[1]))), HELLO],
     "spoken history by sound": [assistant(spoken=Spoken(clip=clip(), transcript=Text(text="a"))), HELLO],
     "an answer by ids": [assistant(text=Text(ids=[4])), HELLO],
 }
@@ -77,12 +79,11 @@ BAD = {
     ],
     "messages[0].audio.format.encoding": [user(audio=clip(format=AudioFormat()))],
     "messages[1].audio.format.encoding": [HELLO, user(audio=clip(format=AudioFormat(encoding=42, sample_rate=8000)))],
-    "messages[0].audio.codes": [user(audio=clip(codes=[1]))],
     "messages[0].audio.feature_keys": [user(audio=clip(feature_keys=["{0}:blob:other:x:y:0"]))],
     "messages[0].audio.source_turn": [user(audio=clip(source_turn="other.1"))],
     "messages[0].audio.number": [user(audio=clip(number=1))],
     "messages[0].spoken.clip.format.encoding": [assistant(spoken=Spoken(transcript=Text(text="a"))), HELLO],
-    "messages[0].spoken.clip.data": [assistant(spoken=Spoken(clip=clip(codes=[1]))), HELLO],
+    "messages[0].spoken.clip.data": [assistant(spoken=Spoken(clip=clip(b""))), HELLO],
     "messages[0].spoken.clip.source_number": [
         assistant(spoken=Spoken(clip=Clip(codes=[1], source_number=1))),
         HELLO,

@@ -19,9 +19,10 @@ from kimia.v1.kimi_audio_pb2 import (
     Say,
     Speculate,
 )
+from orchestrator.memory import clips_of
 from orchestrator.session import (
+    LARGEST_INPUT,
     LARGEST_PIECE,
-    AddText,
     AppendAudio,
     CancelTurn,
     ClearInput,
@@ -36,7 +37,6 @@ from orchestrator.session import (
     Session,
     SessionView,
     SubmitTurn,
-    clips_of,
 )
 
 pytestmark = pytest.mark.unit
@@ -65,8 +65,8 @@ def commit(key="", **options):
     return ConverseRequest(commit=request)
 
 
-def say(words="hello"):
-    return ConverseRequest(say=Say(text=words))
+def say(words="hello", key=""):
+    return ConverseRequest(say=Say(text=words, idempotency_key=key))
 
 
 def cancel(**fields):
@@ -278,8 +278,9 @@ def test_a_piece_may_have_64_kib():
 
 
 def test_sound_that_is_never_committed_has_an_end():
-    driver = Driver(SessionView("s", NATIVE, open_turn_id="s.x", collected_seconds=599.5))
+    driver = Driver(SessionView("s", NATIVE, open_turn_id="s.x", collected_bytes=LARGEST_INPUT - 16000))
     driver.give(audio(0, bytes(16000)))
+    assert driver.failed is None
     driver.give(audio(1))
     assert driver.failed.field == "audio.data"
 
@@ -291,7 +292,9 @@ def test_text_between_sounds_keeps_its_place(call):
     assert [message.WhichOneof("content") for message in submitted.collected] == ["audio", "text", "audio", "text"]
     assert [clip.number for clip in clips_of(submitted.collected)] == [0, 1]
     assert submitted.ends == 1
-    assert [action.ends for action in call.log if isinstance(action, AppendAudio)] == [None, None, 0]
+    appended = [action for action in call.log if isinstance(action, AppendAudio)]
+    assert [action.ends for action in appended] == [None, None, 0]
+    assert [action.collected and len(action.collected) for action in appended] == [1, None, 3]
 
 
 def test_an_empty_text_is_refused(call):
@@ -402,10 +405,30 @@ def test_a_repeated_commit_follows_its_turn(call):
     assert call.failed is None
 
 
-def test_a_commit_of_an_earlier_call_is_known():
+@pytest.mark.parametrize("again", [commit("k"), say("hello", "k")])
+def test_a_turn_of_an_earlier_call_is_known(again):
     driver = Driver(SessionView("s", NATIVE, running_turn_id="s.x", keys={"k": "s.x"}))
-    driver.give(commit("k"))
+    driver.give(again)
     assert driver.log[-1] == FollowTurn("s.x")
+
+
+def test_text_that_is_sent_again_before_a_known_commit_is_no_new_text():
+    pending = Message(role=ROLE_USER, audio=Clip(format=FORMAT))
+    view = SessionView(
+        "s", NATIVE, 4, open_turn_id="s.y", collected=(pending,), running_turn_id="s.x", keys={"k": "s.x"}
+    )
+    driver = Driver(view)
+    for request in (text("again"), commit("k"), text("new")):
+        driver.give(request)
+    assert [message.WhichOneof("content") for message in driver.session.collected] == ["audio", "text"]
+    assert driver.session.collected[1].text.text == "new"
+
+
+def test_a_text_to_say_is_known_by_its_key(call):
+    call.give(say("hello", "k"))
+    call.session.ended("s.1")
+    call.give(say("hello", "k"))
+    assert call.log[-1] == FollowTurn("s.1")
 
 
 # ---- barge-in ---------------------------------------------------------------------------------------------------
@@ -521,5 +544,3 @@ def test_any_sequence_keeps_the_rules(requests):
     assert fresh == stored
     submitted = [action for action in driver.log if isinstance(action, SubmitTurn)]
     assert all(action.collected for action in submitted)
-    texts = [message.text.text for action in submitted for message in action.collected if message.HasField("text")]
-    assert len(texts) <= sum(isinstance(action, AddText) for action in driver.log)
