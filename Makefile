@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check proto format clean
+.PHONY: help setup demo test e2e check proto format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv with the `kimia` command in it
 
@@ -37,6 +37,9 @@ demo: $(STAMP)  ## a recorded question in, text and speech out, drawn
 
 test: $(STAMP)  ## the tests, as continuous integration runs them
 	$(BIN)/python -m pytest
+
+e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of packages the first time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e tests/e2e
 
 check: $(STAMP)  ## format, lint, types, import rules, dead code
 	$(BIN)/ruff format --check .

@@ -1,0 +1,129 @@
+"""One deployment of deploy/compose.yaml under a project name of its own; it touches no other container."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import docker
+import pytest
+from docker.errors import DockerException
+from docker.models.containers import Container
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("tokenizer", "llm", "detokenizer")
+SETUP = "KIMIA_DOCKER_SETUP"  # path of a script that brings up an engine with the base images
+PORT = "50051/tcp"
+KEPT = ("KIMIA_TORCH", "KIMIA_TORCH_INDEX")  # settings of the builder's machine; all others have to be the defaults
+SETTINGS = {
+    "KIMIA_TAG": "e2e",
+    "KIMIA_PUBLISH": "127.0.0.1:0",  # any free port, so that orchestrators can be replaced, and runs do not collide
+    "KIMIA_THREADS": "1",
+    "COMPOSE_FILE": str(ROOT / "deploy/compose.yaml"),
+    "COMPOSE_ENV_FILES": "/dev/null",  # not the developer's deploy/.env
+    "COMPOSE_PROGRESS": "plain",
+}
+
+
+def connect() -> docker.DockerClient:
+    """The engine of this machine, brought up by the script of KIMIA_DOCKER_SETUP if need be; skips without either."""
+    try:
+        return _ping()
+    except DockerException as error:
+        script = os.environ.get(SETUP)
+        if not script:
+            pytest.skip(f"no Docker engine answers and {SETUP} names no script that starts one: {error}")
+    subprocess.run(["bash", script], env=os.environ | {"WITH_WHEELS": "1"}, check=True, timeout=1200)
+    return _ping()
+
+
+def _ping() -> docker.DockerClient:
+    client = docker.from_env()
+    try:
+        client.ping()
+    except DockerException:
+        client.close()
+        raise
+    return client
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A project of Docker Compose."""
+
+    project: str
+    engine: docker.DockerClient
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What `docker compose` and deploy/roll.sh are started with."""
+        own = {k: v for k, v in os.environ.items() if k in KEPT or not k.startswith(("KIMIA_", "COMPOSE_"))}
+        return own | SETTINGS | {"COMPOSE_PROJECT_NAME": self.project}
+
+    def command(self, *command: str, timeout: float = 600) -> str:
+        """Run a program against this project; its output. Raises AssertionError with the output when it fails."""
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-4000:]}"
+        return done.stdout
+
+    def compose(self, *arguments: str, timeout: float = 600) -> str:
+        """Run `docker compose`."""
+        return self.command("docker", "compose", *arguments, timeout=timeout)
+
+    def roll(self, service: str) -> str:
+        """Replace the containers of a service as docs/deployment.md says."""
+        return self.command(str(ROOT / "deploy/roll.sh"), service)
+
+    def scale(self, **replicas: int) -> None:
+        """Set how many containers of each service named run, and wait until they are healthy."""
+        counts = [f"--scale={service}={count}" for service, count in replicas.items()]
+        self.compose("up", "--detach", "--wait", "--no-build", "--no-recreate", *counts)
+
+    def containers(self, service: str | None = None, running: bool = False) -> list[Container]:
+        """Containers of the project, or of one service."""
+        labels = [f"com.docker.compose.project={self.project}"]
+        if service:
+            labels.append(f"com.docker.compose.service={service}")
+        return self.engine.containers.list(all=not running, filters={"label": labels}, ignore_removed=True)
+
+    def target(self) -> str:
+        """Every orchestrator that runs, as one target of gRPC."""
+        ports = [port for c in self.containers("orchestrator", running=True) for port in c.ports.get(PORT) or ()]
+        return "ipv4:" + ",".join(f"{port['HostIp']}:{port['HostPort']}" for port in ports)
+
+    def leftovers(self) -> list[str]:
+        """Names of the project's containers, volumes and networks."""
+        label = {"label": f"com.docker.compose.project={self.project}"}
+        things = [
+            *self.containers(),
+            *self.engine.volumes.list(filters=label),
+            *self.engine.networks.list(filters=label),
+        ]
+        return [thing.name for thing in things]
+
+
+@contextmanager
+def deployed() -> Iterator[Deployment]:
+    """Build, start and wait; take everything down in the end."""
+    engine = connect()
+    deployment = Deployment(f"kimia-e2e-{secrets.token_hex(4)}", engine)
+    try:
+        deployment.compose("build", timeout=1800)
+        deployment.compose("up", "--detach", "--wait", "--no-build")
+        yield deployment
+    finally:
+        deployment.compose("down", "--volumes", "--timeout", "5")
+        engine.close()
