@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -47,7 +47,10 @@ from kimia.client.requests import (
 )
 from kimia.errors import NotFoundError
 from kimia.v1 import kimi_audio_pb2 as pb
-from kimia.v1.kimi_audio_pb2_grpc import KimiAudioAsyncStub, KimiAudioStub
+from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
+
+if TYPE_CHECKING:
+    from kimia.v1.kimi_audio_pb2_grpc import KimiAudioAsyncStub
 
 T = TypeVar("T")
 

@@ -17,10 +17,10 @@ from kimia.client.options import Options
 from kimia.client.progress import TurnProgress
 from kimia.errors import InternalError, KimiaError, StateError
 from kimia.v1 import kimi_audio_pb2 as pb
-from kimia.v1.kimi_audio_pb2_grpc import KimiAudioAsyncStub
 
 if TYPE_CHECKING:
     from kimia.client.aio import AsyncKimia
+    from kimia.v1.kimi_audio_pb2_grpc import KimiAudioAsyncStub
 
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.ConverseRequest, pb.ConverseResponse]"
 

@@ -7,6 +7,7 @@ text until something after it was confirmed.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from itertools import islice
@@ -37,6 +38,7 @@ class CallState:
         self._unsent: deque[pb.ConverseRequest] = deque()  # on this connection
         self._cancel: pb.ConverseRequest | None = None  # the last of each: of the turn that runs or ended last
         self._heard: pb.ConverseRequest | None = None
+        self._asked: deque[float] = deque()  # when the turns that did not start yet were asked for
         self._next_audio = 0
         self._begun = False
         self._connected = False
@@ -175,8 +177,10 @@ class CallState:
     def _begin(self, turn_id: str) -> None:
         self._confirm_start()
         self._heard = self._cancel = None
-        self.turns[turn_id] = TurnProgress()
-        self.turns[turn_id].turn_id = turn_id
+        progress = self.turns[turn_id] = TurnProgress()
+        progress.turn_id = turn_id
+        if self._asked:
+            progress.begun = self._asked.popleft()
 
     def _end(self, turn_id: str) -> None:
         self.last = self.turns.pop(turn_id)
@@ -184,6 +188,8 @@ class CallState:
 
     def _push(self, request: pb.ConverseRequest) -> None:
         self._unconfirmed.append(request)
+        if _starts_a_turn(request):
+            self._asked.append(time.perf_counter())
         self._send(request)
 
     def _send(self, request: pb.ConverseRequest) -> None:

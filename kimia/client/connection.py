@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message as Proto
 from grpc_status import rpc_status
 
-from kimia.errors import CapacityError, KimiaError, RequestError, UnavailableError
+from kimia.errors import CapacityError, DeadlineError, KimiaError, RequestError, UnavailableError
 from kimia.status import from_rpc_error
 from kimia.v1.turn_pb2 import Caller
 
@@ -98,11 +98,19 @@ class Deadline:
     """Time that is left of an answer, however many connections it takes."""
 
     def __init__(self, seconds: float | None) -> None:
-        self.end = None if seconds is None else time.monotonic() + seconds
+        self.seconds = seconds
+        self.begun = time.monotonic()
 
     def left(self) -> float | None:
-        """Seconds, at least 0; None: no limit."""
-        return None if self.end is None else max(self.end - time.monotonic(), 0.0)
+        """Seconds; None: no limit. Raises DeadlineError when there are none."""
+        if self.seconds is None:
+            return None
+        left = self.begun + self.seconds - time.monotonic()
+        if left <= 0:
+            raise DeadlineError(
+                f"there was no whole answer within {self.seconds:g} s; allow more by ClientOptions.timeout"
+            )
+        return left
 
 
 class Patience:

@@ -1,0 +1,1 @@
+"""Tests of the SDK, against a service that follows a script."""
