@@ -24,6 +24,7 @@ SETTINGS = {
     "KIMIA_TAG": "e2e",
     "KIMIA_PUBLISH": "127.0.0.1:0",  # any free port, so that orchestrators can be replaced, and runs do not collide
     "KIMIA_THREADS": "1",
+    "KIMIA_LOG_FORMAT": "text",
     "COMPOSE_FILE": str(ROOT / "deploy/compose.yaml"),
     "COMPOSE_ENV_FILES": "/dev/null",  # not the developer's deploy/.env
     "COMPOSE_PROGRESS": "plain",
@@ -69,6 +70,7 @@ class Deployment:
         """Run a program against this project; its output. Raises AssertionError with the output when it fails."""
         done = subprocess.run(
             command,
+            cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

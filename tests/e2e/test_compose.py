@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -84,12 +85,24 @@ def test_only_the_orchestrator_is_reached_from_outside(deployment: Deployment) -
 
 
 def test_settings_arrive(deployment: Deployment) -> None:
-    """A setting without a value in compose.yaml is absent, not empty: the default of settings.py holds."""
+    """A name without a value in compose.yaml is passed on; unset it is absent, not empty."""
     for service in SERVICES:
         [container] = deployment.containers(service)
-        names = [line.partition("=")[0] for line in container.attrs["Config"]["Env"]]
-        assert "KIMIA_REDIS_URL" in names
-        assert "KIMIA_LEASE_SECONDS" not in names
+        settings = dict(line.split("=", 1) for line in container.attrs["Config"]["Env"])
+        assert settings["KIMIA_LOG_FORMAT"] == "text"
+        assert "KIMIA_LEASE_SECONDS" not in settings
+
+
+def test_the_files_for_gpus_fit_together(deployment: Deployment) -> None:
+    gpu = ("--file", "deploy/compose.yaml", "--file", "deploy/compose.gpu.yaml")
+    merged = json.loads(deployment.compose(*gpu, "config", "--format", "json"))["services"]
+    for stage in STAGES:
+        assert merged[stage]["image"] == f"kimia-{stage}:e2e-cuda"
+        assert merged[stage]["environment"]["KIMIA_DEVICE"] == "cuda"
+        [device] = merged[stage]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["device_ids"] == ["0"]
+    assert merged["model"]["image"] == merged["tokenizer"]["image"]
+    assert "deploy" not in merged["orchestrator"]
 
 
 async def test_both_replicas_of_every_stage_serve(deployment: Deployment, undisturbed: dict[str, Spoken]) -> None:
