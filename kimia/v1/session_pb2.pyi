@@ -28,6 +28,26 @@ class SessionRecord(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TurnOfKeyEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ID_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
@@ -42,6 +62,7 @@ class SessionRecord(_message.Message):
     HEARD_MS_FIELD_NUMBER: _builtins.int
     ASKED_FIELD_NUMBER: _builtins.int
     ONE_OFF_FIELD_NUMBER: _builtins.int
+    TURN_OF_KEY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The session."""
     running_turn_id: _builtins.str
@@ -88,6 +109,10 @@ class SessionRecord(_message.Message):
     def asked(self) -> _containers.RepeatedCompositeFieldContainer[_conversation_pb2.Message]:
         """What the running turn answers; it joins `messages`, with the answer, when the turn has ended."""
 
+    @_builtins.property
+    def turn_of_key(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Idempotency keys of its turns."""
+
     def __init__(
         self,
         *,
@@ -105,10 +130,11 @@ class SessionRecord(_message.Message):
         heard_ms: _builtins.int = ...,
         asked: _abc.Iterable[_conversation_pb2.Message] | None = ...,
         one_off: _builtins.bool = ...,
+        turn_of_key: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "input_format", b"input_format", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "turn_ids", b"turn_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "turn_ids", b"turn_ids", "turn_of_key", b"turn_of_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
