@@ -119,11 +119,11 @@ def feature_bytes(features: torch.Tensor) -> bytes:
 
 def feature_rows(data: bytes, kind: FeatureType.ValueType, width: int) -> torch.Tensor:
     """The rows (N, width) that `feature_bytes` wrote. Raises AudioError when the bytes do not make whole rows."""
+    if not data:
+        raise AudioError("the continuous features are missing")
     dtype = _FEATURE_DTYPES.get(kind)
     if dtype is None:
         raise AudioError(f"feature_type {kind} is not known; use F32, BF16 or F16")
-    if not data:
-        raise AudioError("the continuous features are missing")
     if width < 1 or len(data) % (width * dtype.itemsize):
         raise AudioError(f"{len(data)} bytes of features are no whole rows of {width} values")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(-1, width)

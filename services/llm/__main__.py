@@ -1,4 +1,4 @@
-"""`python -m services.llm`: the stage as a process, configured by the environment (`kimia.runtime.settings`)."""
+"""`python -m services.llm`: the stage as a process, set up by its environment (`kimia.runtime.settings`)."""
 
 from kimia.runtime.service import run_stage
 

@@ -1,0 +1,215 @@
+"""The language model stage alone: resumption, interleaving, cancelling, the context, and what is refused."""
+
+import asyncio
+
+import pytest
+
+import services.llm.stage
+from kimia.errors import ContextLengthError, ConversationError, KimiaError, ParameterError
+from kimia.model.generate import Step
+from kimia.runtime.settings import Settings
+from kimia.v1.conversation_pb2 import ROLE_ASSISTANT, TrackSampling
+from kimia.v1.turn_pb2 import STOP_REASON_MAX_NEW_TOKENS, STOP_REASON_UNSPECIFIED, Chunk, Encoded
+from services.llm.stage import LanguageModelStage
+from tests.golden_data import golden
+from tests.services.turns import QUESTION, heard, plain, ran, replayed, sound_log, text, turn
+
+pytestmark = pytest.mark.parity
+
+SAMPLED = {"text": TrackSampling(temperature=0.9), "audio": TrackSampling(temperature=0.9)}
+
+
+@pytest.fixture
+def stage(stages) -> LanguageModelStage:
+    return stages["llm"]
+
+
+def question(seed: int = 3, **options):
+    return turn([text("How are you?")], "llm", seed, **{"max_new_tokens": 14, **SAMPLED, **options})
+
+
+def without_time(chunks: list[Chunk]) -> list[Chunk]:
+    for chunk in chunks:
+        chunk.report.compute_seconds = 0
+    return chunks
+
+
+# ---- again ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["low-latency", "upstream"])
+async def test_every_interrupted_run_goes_on_as_if_undisturbed(stage: LanguageModelStage, preset: str) -> None:
+    whole = without_time(await ran(stage, question(preset=preset), []))
+    for given in (1, 6, 7, 10, len(whole) - 1, len(whole)):
+        rest = without_time(await ran(stage, question(preset=preset), [], whole[:given]))
+        assert rest == whole[given:]
+
+
+async def test_steps_that_were_never_taken_are_refused(stage: LanguageModelStage) -> None:
+    published = (await ran(stage, question(), []))[:3]
+    published[1].step.audio_id = stage.tokens.token_offset
+    with pytest.raises(ParameterError, match="replayed step 1"):
+        await ran(stage, question(), [], published)
+
+
+async def test_turns_take_steps_in_turn_and_answer_as_alone(stage: LanguageModelStage) -> None:
+    turns = [question(seed) for seed in (1, 2, 3)]
+    alone = [without_time(await ran(stage, each, [])) for each in turns]
+    order = []
+
+    async def follow(number: int) -> list[Chunk]:
+        chunks = []
+        async for chunk in stage.run(turns[number], replayed([])):
+            chunks.append(chunk)
+            order.append(number)
+        return chunks
+
+    together = await asyncio.gather(*(follow(number) for number in range(3)))
+    assert [without_time(chunks) for chunks in together] == alone
+    shortest = min(map(len, alone))
+    taken = [order[: 3 * shortest].count(number) for number in range(3)]
+    assert max(taken) - min(taken) <= 1
+
+
+# ---- the end of a turn ------------------------------------------------------------------------------------------
+
+
+async def test_a_closed_turn_takes_no_further_step(stage: LanguageModelStage, monkeypatch) -> None:
+    taken = []
+    real = services.llm.stage.generate
+
+    def counting(*args):
+        for step in real(*args):
+            taken.append(step.index)
+            yield step
+
+    monkeypatch.setattr(services.llm.stage, "generate", counting)
+    chunks = stage.run(question(), replayed([]))
+    for _ in range(3):
+        await anext(chunks)
+    await chunks.aclose()
+    await stage.compute.turn().run(len, ())  # whatever was in the queue has run
+    assert taken == [0, 1, 2]
+
+
+async def test_a_cancelled_turn_ends_with_the_step_that_is_being_computed(
+    stage: LanguageModelStage, monkeypatch
+) -> None:
+    taken = []
+    cancelled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    real = services.llm.stage.generate
+
+    def cancelling(*args):
+        for step in real(*args):
+            taken.append(step.index)
+            if step.index == 2:
+                loop.call_soon_threadsafe(cancelled.set)
+            yield step
+
+    monkeypatch.setattr(services.llm.stage, "generate", cancelling)
+    task = asyncio.create_task(ran(stage, question(), []))
+    await cancelled.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    await stage.compute.turn().run(len, ())
+    assert len(taken) <= 4
+
+
+async def test_the_last_step_says_why_and_what_it_took(stage: LanguageModelStage, model) -> None:
+    chunks = await ran(stage, question(max_new_tokens=7), [])
+    ask = [{"role": "user", "message_type": "text", "content": "How are you?"}]
+    expected, _ = plain(model, ask, max_new_tokens=7)
+    assert [chunk.step.stop for chunk in chunks] == [STOP_REASON_UNSPECIFIED] * 6 + [STOP_REASON_MAX_NEW_TOKENS]
+    report = chunks[-1].report
+    assert (report.prompt_positions, report.units, report.dropped_messages) == (expected.prompt_positions, 7, 0)
+    assert report.compute_seconds > 0
+
+
+async def scripted(stage: LanguageModelStage, monkeypatch, ids: list[int], preset: str) -> list[Chunk]:
+    """The chunks of a turn whose text track is given."""
+    blank, last = stage.tokens.blank, len(ids) - 1
+    steps = [
+        Step(i, token, blank, None, None, replayed=False, stop="max_new_tokens" if i == last else None)
+        for i, token in enumerate(ids)
+    ]
+    monkeypatch.setattr(services.llm.stage, "generate", lambda *args: iter(steps))
+    return await ran(stage, question(preset=preset), [])
+
+
+async def test_an_unfinished_character_comes_out_with_the_last_step(stage: LanguageModelStage, monkeypatch) -> None:
+    half = next(i for i in range(256) if stage.tokenizer.token_bytes(i) == b"\xe4")
+    chunks = await scripted(stage, monkeypatch, [*stage.tokenizer.encode("a"), half], "low-latency")
+    assert [chunk.step.text for chunk in chunks] == ["a", "\ufffd"]
+
+
+@pytest.mark.parametrize(("preset", "shown"), [("low-latency", ""), ("upstream", "<|im_kimia_text_blank|>")])
+async def test_what_belongs_to_the_transcript(stage: LanguageModelStage, monkeypatch, preset: str, shown: str) -> None:
+    """As the pipeline's text ids: a blank within it is, an audio code is not, nor anything from its end on."""
+    [a], [b] = stage.tokenizer.encode("a"), stage.tokenizer.encode("b")
+    ids = [a, stage.tokens.token_offset, stage.tokens.blank, stage.tokens.text_eos, stage.tokens.blank, b]
+    chunks = await scripted(stage, monkeypatch, ids, preset)
+    assert [chunk.step.in_transcript for chunk in chunks] == [True, False, True, False, False, False]
+    assert [chunk.step.text for chunk in chunks] == ["a", "", shown, "", "", ""]
+
+
+# ---- the context ------------------------------------------------------------------------------------------------
+
+
+def exchange(tokens: int):
+    return [text("§" * (tokens // 2)), text("Yes.", ROLE_ASSISTANT)]
+
+
+async def test_the_oldest_turns_make_way(stage: LanguageModelStage) -> None:
+    """The release's rule gives prompt and answer 1500 positions: the answer is that of the shorter conversation."""
+    options = {"preset": "upstream", "max_new_tokens": 10, **SAMPLED}
+    kept = [*exchange(500), *exchange(500), text("And now?")]
+    chunks = await ran(stage, turn([*exchange(500), *exchange(500), *kept], "llm", 5, **options), [])
+    alone = await ran(stage, turn(kept, "llm", 5, **options), [])
+    assert [chunk.step for chunk in chunks] == [chunk.step for chunk in alone]
+    assert [run[-1].report.dropped_messages for run in (chunks, alone)] == [4, 0]
+
+
+async def test_a_last_turn_that_does_not_fit_is_refused(stage: LanguageModelStage) -> None:
+    long = text("§" * 4096)
+    with pytest.raises(ContextLengthError, match="message 2"):
+        await ran(stage, turn([*exchange(3), long], "llm"), [])
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "inbox", "error"),
+    [
+        (turn([], "llm"), [], ConversationError),
+        (turn([text("a")], "llm", preset="fast"), [], ParameterError),
+        (turn([], "llm", say="Hi", output_type="text"), [], ParameterError),
+        (turn([], "llm", say="Hello there", max_new_tokens=2), [], ParameterError),
+        (turn([heard()], "llm"), [Chunk(encoded=Encoded(codes=[1], clip_end=True), final=True)], KimiaError),
+        (turn([heard()], "llm"), [], KimiaError),
+    ],
+    ids=["nothing", "preset", "say as text", "say too much", "no features", "no clip"],
+)
+async def test_wrong_turns_are_refused(stage: LanguageModelStage, asked, inbox, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await ran(stage, asked, inbox)
+
+
+async def test_a_code_that_the_model_does_not_know(stage: LanguageModelStage, stages) -> None:
+    log = await ran(stages["tokenizer"], turn([heard()]), sound_log(QUESTION.read_bytes()))
+    log[0].encoded.codes[0] = 1 << 20
+    with pytest.raises(ConversationError, match=r"message 0: .*code 1048576"):
+        await ran(stage, turn([heard()], "llm"), log)
+
+
+# ---- as a process loads it --------------------------------------------------------------------------------------
+
+
+async def test_loaded_by_settings_and_warmed_up(stage: LanguageModelStage) -> None:
+    loaded = LanguageModelStage.load(Settings(model=str(golden("e2e") / "model"), device="cpu", threads=1))
+    await loaded.warm_up()
+    here, there = await ran(stage, question(), []), await ran(loaded, question(), [])
+    assert without_time(here) == without_time(there)
+    loaded.compute.close()
