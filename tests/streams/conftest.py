@@ -3,18 +3,20 @@
 import pytest
 
 from kimia.streams.wire import Wire
-from tests.streams.turns import World
+from tests.streams.turns import HASTY, PATIENT, World
 
 
 @pytest.fixture
-async def wire(journal_url):
-    """A wire to either server."""
-    wire = await Wire.connect(journal_url)
-    yield wire
+async def world(journal_url):
+    """A journal and workers whose claims never end by themselves."""
+    wire = await Wire.connect(journal_url, options=PATIENT)
+    yield World(wire)
     await wire.aclose()
 
 
 @pytest.fixture
-async def world(wire):
-    """A journal and workers with the usual times."""
-    return World(wire)
+async def hasty(journal_url):
+    """A journal and workers whose claims end at once."""
+    wire = await Wire.connect(journal_url, options=HASTY)
+    yield World(wire)
+    await wire.aclose()

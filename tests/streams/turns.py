@@ -1,6 +1,6 @@
 """Small turns, chunks and a whole wire for the tests of the journal and the jobs."""
 
-from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
+from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER, StageKind
 from kimia.streams import keys
 from kimia.streams.jobs import Claim, Jobs
 from kimia.streams.journal import Journal
@@ -8,7 +8,8 @@ from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, Speech, Step, Turn
 
 SPEECH = ("tokenizer", "llm", "detokenizer")
-QUICK = WireOptions(lease=0.02)  # leases end as soon as a test waits for it
+PATIENT = WireOptions(lease=600)  # no claim is ever taken over
+HASTY = WireOptions(lease=0.001)  # every claim that is not held at this moment may be taken over
 
 
 def new_turn(session: str = "s1", route=("llm",), **fields) -> Turn:
@@ -43,7 +44,7 @@ class World:
         self.journal = Journal(wire)
         self.redis = wire.journal
 
-    async def worker(self, kind=LLM, name: str = "w1") -> Jobs:
+    async def worker(self, kind: StageKind = LLM, name: str = "w1") -> Jobs:
         jobs = Jobs(self.wire, kind, name)
         await jobs.prepare()
         return jobs
@@ -67,6 +68,26 @@ class World:
             await self.redis.execute_command("PING")
         raise AssertionError("nothing was recovered")
 
+    async def speaking(self, turn: Turn | None = None) -> tuple[dict[str, Jobs], dict[str, Claim]]:
+        """Workers and claims of a turn with speech of which every stage has published its first chunk."""
+        jobs = {kind.name: await self.worker(kind, f"{kind.name}-1") for kind in (TOKENIZER, LLM, DETOKENIZER)}
+        claims = {"tokenizer": await self.claimed(jobs["tokenizer"], turn or new_turn(route=SPEECH))}
+        await jobs["tokenizer"].publish(claims["tokenizer"], encoded(0, final=True))
+        [claims["llm"]] = await jobs["llm"].sweep(1)
+        await jobs["llm"].publish(claims["llm"], step(0))
+        [claims["detokenizer"]] = await jobs["detokenizer"].sweep(1)
+        await jobs["detokenizer"].publish(claims["detokenizer"], speech(0))
+        return jobs, claims
+
+    async def holder(self, claim: Claim) -> str | None:
+        """The consumer that has a job's entry pending; None where nobody has."""
+        [entry] = await self.redis.xpending_range(claim.job_key, keys.GROUP, claim.job_id, claim.job_id, 1) or [None]
+        return entry and entry["consumer"].decode()
+
+    async def set_lease(self, turn: Turn, stage: str, end: int) -> None:
+        """Move the end of a lease, microseconds since the epoch."""
+        await self.redis.hset(keys.head("{0}", turn.id), f"{stage}:lease", end)
+
     async def state(self, turn: Turn) -> str:
         return (await self.journal.head(turn.id)).state
 
@@ -82,6 +103,3 @@ class World:
     async def permanent(self) -> set[str]:
         """Keys that do not expire."""
         return {name for name in await self.names() if await self.redis.ttl(name) < 0}
-
-
-__all__ = ["DETOKENIZER", "LLM", "QUICK", "SPEECH", "TOKENIZER", "World"]

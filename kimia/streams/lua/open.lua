@@ -14,6 +14,11 @@ end
 local token = redis.call('INCR', KEYS[8])
 redis.call('HSET', KEYS[1], 'state', 'open', 'turn', spec, 'reader', reader, 'reader_token', token, 'session', session,
   'tenant', tenant, 'key', key, 'ttl', ttl, 'opened', clock())
+-- A head that is made again after a fail-over goes on with the logs that were left.
+for name, i in pairs(LOGS) do
+  local last = redis.call('XREVRANGE', KEYS[i], '+', '-', 'COUNT', 1)[1]
+  if last then redis.call('HSET', KEYS[1], name .. ':next', string.match(last[1], '^%d+')) end
+end
 redis.call('SADD', KEYS[6], turn)
 renew_turn(ttl)
 renew(KEYS[6], ttl + session_ttl)

@@ -1,0 +1,680 @@
+"""Taking, holding, publishing and handing over, with workers that pause, die and come back."""
+
+import asyncio
+
+import pytest
+
+from kimia.streams import keys
+from kimia.streams.jobs import Outcome, Published
+from kimia.streams.wire import Wire, WireOptions
+from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Failure
+from tests.streams.turns import DETOKENIZER, LLM, SPEECH, TOKENIZER, World, encoded, new_turn, sound, speech, step
+
+pytestmark = pytest.mark.unit
+
+WRITTEN, DUPLICATE, GAP = Outcome.WRITTEN, Outcome.DUPLICATE, Outcome.GAP
+FENCED, CANCELLED = Outcome.FENCED, Outcome.CANCELLED
+
+
+def late_turn(**fields):
+    turn = new_turn(**fields)
+    turn.deadline.seconds = 1
+    return turn
+
+
+# ---- the life of a turn -------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_passes_three_stages(world):
+    tokenizer, llm, detokenizer = [await world.worker(kind, kind.name) for kind in (TOKENIZER, LLM, DETOKENIZER)]
+    turn = new_turn(route=SPEECH)
+    token = (await world.journal.open_turn(turn, "orchestrator")).token
+    await world.journal.append_input(turn.id, token, [sound(0, final=True)])
+    await world.journal.submit(turn, token)
+
+    [first] = await tokenizer.sweep(5)
+    assert (first.turn, first.kind, first.attempt, first.next_index, first.rewound) == (turn, TOKENIZER, 1, 0, False)
+    assert first.queued_seconds > 0
+    assert await tokenizer.publish(first, encoded(0)) == Published(WRITTEN, 1)
+    assert await llm.sweep(5) == []  # an open segment cannot be prefilled
+    assert await tokenizer.publish(first, encoded(1, final=True)) == Published(WRITTEN, 2)
+
+    [second] = await llm.sweep(5)
+    assert await detokenizer.sweep(5) == []
+    await llm.publish(second, step(0))
+    [third] = await detokenizer.sweep(5)  # while the llm goes on
+    await llm.publish(second, step(1, final=True))
+    assert await world.state(turn) == "running"
+    await detokenizer.publish_all([(third, speech(0)), (third, speech(1, final=True))])
+
+    head = await world.journal.head(turn.id)
+    assert (head.state, dict(head.next)) == ("done", {"input": 1, "encoded": 2, "tokens": 2, "audio": 2})
+    assert [times.consumer for times in head.stages.values()] == list(SPEECH)
+    for times in head.stages.values():
+        assert head.submitted <= times.queued <= times.claimed <= times.first <= times.done <= head.ended
+    assert await world.journal.read(turn.id, "audio") == [speech(0), speech(1, final=True)]
+    assert [await jobs.depth() for jobs in (tokenizer, llm, detokenizer)] == [(0, 0)] * 3
+    assert await tokenizer.sweep(1) == await llm.sweep(1) == await detokenizer.sweep(1) == []
+
+
+async def test_pointers_reach_the_reader_and_the_next_worker(world):
+    _, claims = await world.speaking()
+    turn = claims["llm"].turn.id
+    assert await world.pointers("orchestrator") == [(turn, "tokens", 1), (turn, "audio", 1)]
+    assert await world.pointers("detokenizer-1") == []  # it read the first step when it began
+    llm = await world.worker(LLM, "llm-1")
+    await llm.publish(claims["llm"], step(1))
+    assert await world.pointers("detokenizer-1") == [(turn, "tokens", 2)]
+    await world.journal.cancel(turn)
+    for owner in ("orchestrator", "tokenizer-1", "llm-1", "detokenizer-1"):
+        assert (await world.pointers(owner))[-1] == (turn, "state", 0)
+
+
+async def test_a_text_turn_ends_with_the_llm(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    assert await worker.publish(claim, step(0, final=True)) == Published(WRITTEN, 1)
+    assert await world.state(claim.turn) == "done"
+    assert await world.pointers("orchestrator") == [(claim.turn.id, "tokens", 1), (claim.turn.id, "state", 0)]
+
+
+# ---- publishing ---------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_published_never_changes(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    await worker.publish(claim, step(0, text="a"))
+    assert await worker.publish(claim, step(0, text="b")) == Published(DUPLICATE, 1)
+    assert await world.journal.read(claim.turn.id, "tokens") == [step(0, text="a")]
+
+
+async def test_a_gap_says_where_to_go_on(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    await worker.publish(claim, step(0))
+    assert await worker.publish(claim, step(2)) == Published(GAP, 1)
+    assert await world.journal.read(claim.turn.id, "tokens") == [step(0)]
+    outcomes = await worker.publish_all([(claim, step(index)) for index in (1, 2, 3)])
+    assert outcomes == [Published(WRITTEN, index) for index in (2, 3, 4)]
+
+
+async def test_a_last_chunk_may_be_sent_again(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    await worker.publish(claim, step(0, final=True))
+    assert await worker.publish(claim, step(0, final=True)) == Published(DUPLICATE, 1)
+    assert await worker.publish(claim, step(1)) == Published(CANCELLED, 1)
+    assert await world.state(claim.turn) == "done"
+
+
+async def test_many_turns_are_published_in_one_round_trip(world):
+    worker = await world.worker()
+    for number in range(3):
+        await world.submitted(new_turn(f"s{number}"))
+    claims = await worker.sweep(3)
+    await world.redis.script_flush()  # as after a restart of the server
+    outcomes = await worker.publish_all([(claim, step(index)) for index in range(4) for claim in claims])
+    assert [published.next for published in outcomes] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert {published.outcome for published in outcomes} == {WRITTEN}
+
+
+# ---- fencing and take-over ----------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_wakes_up_late_writes_nothing(hasty):
+    paused, other = await hasty.worker(LLM, "paused"), await hasty.worker(LLM, "other")
+    old = await hasty.claimed(paused)
+    await paused.publish(old, step(0, text="old"))
+    [new] = await hasty.recovered(other)
+    assert (new.next_index, new.attempt) == (1, 1)
+
+    assert await paused.publish(old, step(1, text="old")) == Published(FENCED, 1)
+    assert await paused.publish(old, step(0, text="old")) == Published(FENCED, 1)
+    await paused.fail(old, Failure(reason="BROKEN"))
+    await paused.release(old)
+    await paused.rewind(old)
+    assert await hasty.state(old.turn) == "running"
+    assert await hasty.holder(new) == "other"
+
+    assert await other.publish(new, step(1, final=True)) == Published(WRITTEN, 2)
+    assert [chunk.step.text for chunk in await hasty.journal.read(old.turn.id, "tokens")] == ["old", ""]
+    assert (await hasty.journal.head(old.turn.id)).stages["llm"].take_overs == 1
+
+
+async def test_the_heartbeat_of_a_zombie_does_not_take_the_turn_back(hasty):
+    zombie, other = await hasty.worker(LLM, "zombie"), await hasty.worker(LLM, "other")
+    old = await hasty.claimed(zombie)
+    [new] = await hasty.recovered(other)
+    assert await zombie.heartbeat([old]) == [old]
+    assert await hasty.holder(new) == "other"
+    assert await other.heartbeat([new]) == []
+    assert await other.publish(new, step(0)) == Published(WRITTEN, 1)
+
+
+async def test_a_restarted_worker_has_another_name(hasty):
+    first = await hasty.worker(LLM, "host-1")
+    old = await hasty.claimed(first)
+    second = await hasty.worker(LLM, "host-2")
+    [new] = await hasty.recovered(second)
+    assert await first.publish(old, step(0)) == Published(FENCED, 0)
+    assert await second.publish(new, step(0)) == Published(WRITTEN, 1)
+
+
+async def test_a_worker_that_recovers_its_own_turn_fences_its_old_claim(hasty):
+    worker = await hasty.worker()
+    old = await hasty.claimed(worker)
+    [new] = await hasty.recovered(worker)
+    assert new.token > old.token
+    assert await worker.heartbeat([old, new]) == [old]
+    assert await worker.publish(old, step(0)) == Published(FENCED, 0)
+    assert await worker.publish(new, step(0)) == Published(WRITTEN, 1)
+
+
+async def test_a_held_turn_is_not_recovered(world):
+    worker, other = await world.worker(LLM, "w1"), await world.worker(LLM, "w2")
+    claim = await world.claimed(worker)
+    assert await other.recover(1) == []
+    assert await other.sweep(1) == []
+    assert await worker.heartbeat([claim]) == []
+
+
+async def test_heartbeats_keep_a_turn(hasty):
+    worker, other = await hasty.worker(LLM, "w1"), await hasty.worker(LLM, "w2")
+    claim = await hasty.claimed(worker)
+    lease = await hasty.redis.hget(keys.head("{0}", claim.turn.id), "llm:lease")
+    assert await worker.heartbeat([claim]) == []
+    assert await hasty.redis.hget(keys.head("{0}", claim.turn.id), "llm:lease") > lease
+    await hasty.set_lease(claim.turn, "llm", 2**52)  # as if it had been renewed just now
+    for _ in range(20):
+        assert await other.recover(1) == []
+    assert await hasty.holder(claim) == "w1"
+
+
+async def test_a_claim_needs_its_entry(world):
+    """Between delivery and claim the entry may have gone to another worker."""
+    slow, quick = await world.worker(LLM, "slow"), await world.worker(LLM, "quick")
+    await world.submitted()
+    call_many = world.wire.call_many
+
+    async def overtaken(script, calls):
+        [(names, args)] = calls
+        await world.redis.xclaim(names[6], keys.GROUP, "quick", 0, [args[2]])
+        return await call_many(script, calls)
+
+    world.wire.call_many = overtaken
+    assert await slow.sweep(1) == []
+    world.wire.call_many = call_many
+    assert await quick.sweep(1) == []  # it is delivered already: recovery's affair
+    assert (await quick.depth()) == (0, 1)
+
+
+async def test_a_living_owner_keeps_a_turn_that_was_delivered_elsewhere(world):
+    """XAUTOCLAIM moved the entry, then the owner's heartbeat came first: the head decides."""
+    worker = await world.worker(LLM, "w1")
+    claim = await world.claimed(worker)
+    await world.redis.xclaim(claim.job_key, keys.GROUP, "w2", 0, [claim.job_id])
+    assert await worker.heartbeat([claim]) == []
+    assert await world.holder(claim) == "w1"
+
+
+async def test_two_workers_never_get_the_same_turn(world):
+    workers = [await world.worker(LLM, f"w{number}") for number in range(4)]
+    turns = [await world.submitted(new_turn(f"s{number}"), worker="w0") for number in range(20)]
+    found = await asyncio.gather(*(w.sweep(3) for w in workers * 5), *(w.recover(3) for w in workers))
+    claimed = [claim.turn.id for claims in found for claim in claims]
+    assert sorted(claimed) == sorted(turn.id for turn in turns)
+
+
+async def test_two_workers_never_recover_the_same_turn(hasty):
+    dead = await hasty.worker(LLM, "dead")
+    for number in range(10):
+        await hasty.submitted(new_turn(f"s{number}"))
+    assert len(await dead.sweep(10)) == 10
+    workers = [await hasty.worker(LLM, f"w{number}") for number in range(4)]
+    claims = [c for found in await asyncio.gather(*(hasty.recovered(w, 3) for w in workers)) for c in found]
+    outcomes = await workers[0].publish_all([(claim, step(0)) for claim in claims])
+    assert [p.outcome for p in outcomes].count(WRITTEN) == len({claim.turn.id for claim in claims})
+
+
+async def test_recovery_takes_no_more_than_wanted(hasty):
+    dead, other = await hasty.worker(LLM, "dead"), await hasty.worker(LLM, "other")
+    for number in range(5):
+        await hasty.submitted(new_turn(f"s{number}"))
+    await dead.sweep(5)
+    assert len(await hasty.recovered(other, 2)) == 2
+
+
+# ---- poison -------------------------------------------------------------------------------------------------------
+
+
+async def poisoned(world: World, worker, turn):
+    """Recover until the turn is given up; the attempts that there were."""
+    attempts = []
+    while await world.state(turn) == "running":
+        attempts += [claim.attempt for claim in await worker.recover(1)]
+    return attempts
+
+
+async def test_a_turn_that_kills_every_worker_is_given_up(hasty):
+    worker = await hasty.worker()
+    claim = await hasty.claimed(worker)
+    assert await poisoned(hasty, worker, claim.turn) == [2, 3]
+    head = await hasty.journal.head(claim.turn.id)
+    assert (head.state, head.failure.reason, head.failure.code) == ("error", "GAVE_UP", 13)
+    assert "3 attempts" in head.failure.message
+    assert await hasty.pointers("orchestrator") == [(claim.turn.id, "state", 0)]
+    [(_, letter)] = await hasty.redis.xrange(keys.dlq("{0}", "llm"))
+    assert (letter[b"t"], letter[b"reason"], letter[b"tries"]) == (claim.turn.id.encode(), b"GAVE_UP", b"3")
+    assert await worker.depth() == (0, 0)
+    assert await worker.publish(claim, step(0)) == Published(FENCED, 0)
+    assert await hasty.permanent() & {keys.dlq("{0}", "llm")} == set()
+
+
+async def test_progress_resets_the_count(hasty):
+    worker = await hasty.worker()
+    claim = await hasty.claimed(worker)
+    for index in range(6):
+        assert (await worker.publish(claim, step(index))).outcome is WRITTEN
+        [claim] = await hasty.recovered(worker)
+        assert claim.attempt == 1
+
+
+async def test_a_chunk_that_was_there_is_no_progress(hasty):
+    worker = await hasty.worker()
+    claim = await hasty.claimed(worker)
+    await worker.publish(claim, step(0))
+    for attempt in (1, 2, 3):
+        [claim] = await hasty.recovered(worker)
+        assert claim.attempt == attempt
+        assert (await worker.publish(claim, step(0))).outcome is DUPLICATE
+    await poisoned(hasty, worker, claim.turn)
+    assert (await hasty.journal.head(claim.turn.id)).failure.reason == "GAVE_UP"
+
+
+async def test_handing_over_does_not_count(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    for _ in range(5):
+        await worker.release(claim)
+        assert await worker.publish(claim, step(0)) == Published(FENCED, 0)
+        [claim] = await worker.sweep(1)
+        assert claim.attempt == 1
+    assert (await world.journal.head(claim.turn.id)).stages["llm"].take_overs == 5
+
+
+# ---- handing over -------------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_that_was_handed_over_goes_on_where_it_was(world):
+    old, new = await world.worker(LLM, "old"), await world.worker(LLM, "new")
+    claim = await world.claimed(old)
+    await old.publish(claim, step(0))
+    await old.release(claim)
+    await old.release(claim)  # once more: nothing
+    assert await old.depth() == (1, 0)
+    [taken] = await new.sweep(5)
+    assert (taken.turn, taken.next_index, taken.queued_seconds) == (claim.turn, 1, 0)
+    assert await new.publish(taken, step(1, final=True)) == Published(WRITTEN, 2)
+    assert await new.depth() == (0, 0)
+
+
+async def test_a_turn_that_ended_is_not_handed_over(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    await world.journal.cancel(claim.turn.id)
+    await worker.release(claim)
+    assert await worker.depth() == (0, 0)
+
+
+async def test_a_worker_fails_a_turn(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    await worker.fail(claim, Failure(code=3, reason="CONTEXT_LENGTH", message="too long"))
+    head = await world.journal.head(claim.turn.id)
+    assert (head.state, head.failure.reason) == ("error", "CONTEXT_LENGTH")
+    assert await worker.depth() == (0, 0)
+    assert await worker.publish(claim, step(0)) == Published(CANCELLED, 0)
+
+
+async def test_a_closed_worker_is_forgotten(world):
+    worker, other = await world.worker(LLM, "w1"), await world.worker(LLM, "w2")
+    await worker.sweep(1)
+    await worker.aclose()
+    stream = keys.jobs("{0}", "llm", "interactive")
+    assert [c["name"] for c in await world.redis.xinfo_consumers(stream, keys.GROUP)] == []
+    assert not await world.redis.exists(keys.worker_jobs("{0}", "llm", "w1"))
+    claim = await world.claimed(other)
+    await other.aclose()  # it holds something: its name stays, so that others can recover it
+    assert await world.holder(claim) == "w2"
+
+
+# ---- cancelling, deadlines ----------------------------------------------------------------------------------------
+
+
+async def test_cancelled_before_it_is_claimed(world):
+    worker = await world.worker()
+    turn = await world.submitted()
+    assert await world.journal.cancel(turn.id)
+    assert await worker.sweep(1) == []
+    assert await worker.depth() == (0, 0)
+
+
+async def test_cancelled_while_it_runs(world):
+    jobs, claims = await world.speaking()
+    turn = claims["llm"].turn
+    assert await world.journal.cancel(turn.id)
+    assert await jobs["llm"].publish(claims["llm"], step(1)) == Published(CANCELLED, 1)
+    assert await jobs["detokenizer"].heartbeat([claims["detokenizer"]]) == [claims["detokenizer"]]
+    assert [await worker.depth() for worker in jobs.values()] == [(0, 0)] * 3
+    assert await world.journal.read(turn.id, "tokens") == [step(0)]
+    assert await world.state(turn) == "cancelled"
+
+
+async def test_cancelled_after_it_was_done(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    await worker.publish(claim, step(0, final=True))
+    assert not await world.journal.cancel(claim.turn.id)
+    assert await world.state(claim.turn) == "done"
+
+
+async def test_cancelled_when_its_worker_is_dead(hasty):
+    dead, other = await hasty.worker(LLM, "dead"), await hasty.worker(LLM, "other")
+    claim = await hasty.claimed(dead)
+    await hasty.journal.cancel(claim.turn.id)
+    while (await other.depth()) != (0, 0):
+        assert await other.recover(1) == []
+
+
+async def test_expired_work_is_dropped_and_the_reader_told(world):
+    worker = await world.worker()
+    turn = await world.submitted(late_turn())
+    assert await worker.sweep(1) == []
+    head = await world.journal.head(turn.id)
+    assert (head.state, head.failure.reason, head.failure.code) == ("error", "DEADLINE_EXCEEDED", 4)
+    assert await world.pointers("orchestrator") == [(turn.id, "state", 0)]
+    assert await worker.depth() == (0, 0)
+
+
+async def test_a_turn_that_has_begun_is_not_dropped_when_it_changes_hands(hasty):
+    worker = await hasty.worker()
+    turn = new_turn()
+    turn.deadline.GetCurrentTime()
+    turn.deadline.seconds += 1000
+    claim = await hasty.claimed(worker, turn)
+    await worker.publish(claim, step(0))
+    await hasty.redis.hset(keys.head("{0}", turn.id), "deadline", 1)
+    [again] = await hasty.recovered(worker)
+    assert again.next_index == 1
+
+
+async def test_a_dropped_turn_does_not_hide_the_next(world):
+    worker = await world.worker()
+    for number in range(3):
+        await world.submitted(late_turn(session=f"late{number}"))
+    good = await world.submitted(new_turn("good"))
+    assert [claim.turn for claim in await worker.sweep(1)] == [good]
+
+
+# ---- features that are gone ---------------------------------------------------------------------------------------
+
+
+async def test_a_rewound_turn_is_encoded_again(world):
+    tokenizer, llm = await world.worker(TOKENIZER, "t1"), await world.worker(LLM, "l1")
+    first = await world.claimed(tokenizer, new_turn(route=SPEECH))
+    await tokenizer.publish_all([(first, encoded(0)), (first, encoded(1, final=True))])
+    [old] = await llm.sweep(1)
+    await llm.rewind(old)
+    await llm.rewind(old)  # once more: nothing
+    assert await llm.publish(old, step(0)) == Published(FENCED, 0)
+    assert await llm.heartbeat([old]) == [old]
+    assert await llm.sweep(1) == await llm.recover(1) == []
+    assert await llm.depth() == (0, 0)
+
+    [again] = await tokenizer.sweep(1)
+    assert (again.rewound, again.next_index, again.turn) == (True, 2, first.turn)
+    assert await tokenizer.publish(first, encoded(0)) == Published(FENCED, 2)
+    assert await tokenizer.publish(again, encoded(0)) == Published(DUPLICATE, 2)
+    assert await llm.sweep(1) == []
+    for _ in range(2):
+        assert await tokenizer.publish(again, encoded(1, final=True)) == Published(DUPLICATE, 2)
+    [new] = await llm.sweep(2)
+    assert (new.rewound, new.attempt) == (True, 2)
+    assert await llm.publish(new, step(0)) == Published(WRITTEN, 1)
+    assert await tokenizer.depth() == (0, 0)
+
+
+async def test_a_turn_without_new_sound_can_be_rewound(world):
+    tokenizer, llm = await world.worker(TOKENIZER, "t1"), await world.worker(LLM, "l1")
+    await llm.rewind(await world.claimed(llm))
+    [claim] = await tokenizer.sweep(1)
+    await tokenizer.publish(claim, encoded(0, final=True))
+    [again] = await llm.sweep(1)
+    assert again.rewound
+    await llm.publish(again, step(0, final=True))
+    assert await world.state(claim.turn) == "done"
+
+
+async def test_features_that_vanish_again_and_again_end_the_turn(world):
+    tokenizer, llm = await world.worker(TOKENIZER, "t1"), await world.worker(LLM, "l1")
+    claims = [await world.claimed(llm)]
+    rounds = 0
+    while claims:
+        rounds += 1
+        await llm.rewind(claims[0])
+        [encoding] = await tokenizer.sweep(1)
+        await tokenizer.publish(encoding, encoded(0, final=True))
+        claims = await llm.sweep(1)
+    assert rounds == 3
+    assert (await world.journal.head(encoding.turn.id)).failure.reason == "GAVE_UP"
+
+
+# ---- copies for one worker ----------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_is_wanted_gets_the_turn_once(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    turn = await world.submitted(worker="wanted")
+    [claim] = await wanted.sweep(1)
+    assert (claim.turn, claim.job_key) == (turn, keys.jobs("{0}", "llm", "interactive"))
+    assert await other.sweep(5) == await wanted.sweep(5) == []
+    assert await world.holder(claim) == "wanted"  # the class entry was handed to the owner
+    await wanted.publish(claim, step(0, final=True))
+    assert await world.redis.xlen(keys.worker_jobs("{0}", "llm", "wanted")) <= 1
+    assert await wanted.depth() == (0, 0)
+
+
+async def test_the_recovery_record_outlives_the_wanted_worker(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    turn = await world.submitted(worker="wanted")
+    [claim] = await wanted.sweep(1)
+    assert await other.sweep(1) == []  # handed to the owner
+    await world.set_lease(turn, "llm", 1)  # which dies
+    await world.redis.xclaim(claim.job_key, keys.GROUP, "wanted", 0, [claim.job_id], idle=10**6)
+    [taken] = await other.recover(1)
+    assert taken.turn == turn
+    assert await wanted.publish(claim, step(0)) == Published(FENCED, 0)
+    assert await other.publish(taken, step(0, final=True)) == Published(WRITTEN, 1)
+
+
+async def test_an_entry_that_is_handed_to_a_dead_owner_keeps_its_age(hasty):
+    """Else every hand-over would let a dead worker's turn wait for another lease."""
+    wanted, other = await hasty.worker(LLM, "wanted"), await hasty.worker(LLM, "other")
+    turn = await hasty.submitted(worker="wanted")
+    [claim] = await wanted.sweep(1)
+    await hasty.set_lease(turn, "llm", 2**52)
+    assert await other.sweep(1) == []
+    assert await hasty.holder(claim) == "wanted"
+    await hasty.set_lease(turn, "llm", 1)
+    assert [taken.turn for taken in await hasty.recovered(other)] == [turn]
+
+
+async def test_whoever_gets_the_class_entry_of_a_dead_owner_takes_over(hasty):
+    wanted, other = await hasty.worker(LLM, "wanted"), await hasty.worker(LLM, "other")
+    turn = await hasty.submitted(worker="wanted")
+    [claim] = await wanted.sweep(1)
+    await hasty.set_lease(turn, "llm", 1)
+    [taken] = await other.sweep(1)
+    assert await wanted.heartbeat([claim]) == [claim]
+    assert await other.publish(taken, step(0)) == Published(WRITTEN, 1)
+
+
+async def test_a_copy_that_comes_late_is_dropped(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    await world.submitted(worker="wanted")
+    [claim] = await other.sweep(1)
+    assert await wanted.sweep(5) == []
+    assert await wanted.heartbeat([]) == []
+    assert await world.holder(claim) == "other"
+    assert await other.publish(claim, step(0)) == Published(WRITTEN, 1)
+
+
+async def test_an_entry_of_a_finished_turn_is_dropped(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    turn = await world.submitted(new_turn(route=("llm", "detokenizer")), worker="wanted")
+    [claim] = await wanted.sweep(1)
+    await wanted.publish(claim, step(0, final=True))  # the class entry was never delivered
+    assert await world.state(turn) == "running"
+    assert await other.sweep(5) == []
+    assert await other.depth() == (0, 0)
+
+
+async def test_the_wanted_worker_may_be_the_second_stage(world):
+    tokenizer, wanted = await world.worker(TOKENIZER, "t1"), await world.worker(LLM, "wanted")
+    turn = new_turn(route=SPEECH)
+    await world.submitted(turn, worker="wanted")
+    [claim] = await tokenizer.sweep(1)
+    await tokenizer.publish(claim, encoded(0, final=True))
+    assert await world.redis.xlen(keys.worker_jobs("{0}", "llm", "wanted")) == 1
+    assert [c.turn for c in await wanted.sweep(1)] == [turn]
+
+
+async def test_a_worker_that_is_not_there_gets_no_copy(world):
+    worker = await world.worker()
+    turn = await world.submitted(worker="nobody")
+    assert not await world.redis.exists(keys.worker_jobs("{0}", "llm", "nobody"))
+    assert [claim.turn for claim in await worker.sweep(1)] == [turn]
+
+
+# ---- sweeping and waiting -----------------------------------------------------------------------------------------
+
+
+async def test_turns_come_in_the_order_of_their_class(world):
+    worker = await world.worker(LLM, "w1")
+    handed = await world.claimed(worker, new_turn("handed"))
+    batch = await world.submitted(new_turn("batch", job_class=JOB_CLASS_BATCH))
+    first, second = await world.submitted(new_turn("first")), await world.submitted(new_turn("second"))
+    await worker.release(handed)
+    assert [claim.turn for claim in await worker.sweep(2)] == [handed.turn, first]
+    assert [claim.turn for claim in await worker.sweep(1)] == [second]
+    assert [claim.turn for claim in await worker.sweep(5)] == [batch]
+
+
+async def test_a_sweep_takes_no_more_than_wanted(world):
+    worker = await world.worker()
+    for number in range(3):
+        await world.submitted(new_turn(f"a{number}"))
+        await world.submitted(new_turn(f"b{number}", job_class=JOB_CLASS_BATCH))
+    assert len(await worker.sweep(2)) == 2
+    assert await worker.depth() == (4, 2)
+    assert await worker.sweep(0) == []
+    assert len(await worker.sweep(10)) == 4
+
+
+async def test_interactive_turns_of_all_partitions_come_before_batch(valkey_url):
+    world = World(await Wire.connect(valkey_url, options=WireOptions(partitions=3, lease=600)))
+    worker = await world.worker()
+    for number in range(6):
+        await world.submitted(new_turn(f"b{number}", job_class=JOB_CLASS_BATCH))
+        await world.submitted(new_turn(f"a{number}"))
+    found = [claim.turn.session_id for _ in range(12) for claim in await worker.sweep(1)]
+    assert sorted(found[:6]) == [f"a{number}" for number in range(6)]
+    assert sorted(found[6:]) == [f"b{number}" for number in range(6)]
+    await world.wire.aclose()
+
+
+@pytest.mark.parametrize("job_class", [0, JOB_CLASS_BATCH])
+async def test_a_waiting_worker_is_woken_by_a_job(world, job_class):
+    worker = await world.worker()
+    await world.claimed(worker)
+    assert await worker.sweep(1) == []
+    waiting = asyncio.create_task(worker.wait(60))
+    turn = await world.submitted(new_turn("new", job_class=job_class))
+    await asyncio.wait_for(waiting, 30)
+    assert [claim.turn for claim in await worker.sweep(1)] == [turn]
+
+
+async def test_a_job_between_sweep_and_wait_is_not_missed(world):
+    worker = await world.worker()
+    assert await worker.sweep(1) == []
+    await world.submitted()
+    await asyncio.wait_for(worker.wait(60), 30)
+
+
+async def test_what_a_sweep_left_wakes_at_once(world):
+    worker = await world.worker()
+    for number in range(2):
+        await world.submitted(new_turn(f"s{number}"))
+    await worker.sweep(1)
+    await asyncio.wait_for(worker.wait(60), 30)
+
+
+async def test_waiting_ends_without_a_job(world):
+    worker = await world.worker()
+    await worker.wait(0.001)
+    await worker.sweep(1)
+    await worker.wait(0.001)
+    assert await worker.sweep(1) == []
+
+
+async def test_a_job_may_come_before_the_first_worker(world):
+    turn = await world.submitted()
+    worker = await world.worker()
+    assert await worker.depth() == (1, 0)
+    assert [claim.turn for claim in await worker.sweep(1)] == [turn]
+
+
+async def test_groups_come_back_after_they_were_lost(world):
+    worker = await world.worker()
+    await world.redis.flushall()
+    assert await worker.recover(1) == []
+    await world.redis.flushall()
+    turn = await world.submitted()
+    assert await worker.depth() == (0, 0)
+    assert [claim.turn for claim in await worker.sweep(1)] == [turn]
+
+
+# ---- trimming -----------------------------------------------------------------------------------------------------
+
+
+async def test_done_jobs_are_trimmed_and_others_kept(world):
+    worker = await world.worker()
+    stream = keys.jobs("{0}", "llm", "interactive")
+    for number in range(5):
+        await world.submitted(new_turn(f"s{number}"))
+    claims = await worker.sweep(3)
+    assert await world.redis.xlen(stream) == 5
+    await worker.publish(claims[1], step(0, final=True))
+    assert await world.redis.xlen(stream) == 5  # the oldest is pending
+    await worker.publish(claims[0], step(0, final=True))
+    assert await world.redis.xlen(stream) == 3
+    await worker.publish(claims[2], step(0, final=True))
+    assert await world.redis.xlen(stream) == 3  # two not delivered, and the last that was
+    assert await worker.depth() == (2, 0)
+    for claim in await worker.sweep(2):
+        await worker.publish(claim, step(0, final=True))
+    assert await world.redis.xlen(stream) == 1
+    assert await worker.depth() == (0, 0)
+    assert (await world.redis.xinfo_groups(stream))[0]["lag"] == 0
+
+
+async def test_long_dead_consumers_are_forgotten(world, monkeypatch):
+    stream = keys.jobs("{0}", "llm", "interactive")
+    dead, holding = await world.worker(LLM, "dead"), await world.worker(LLM, "holding")
+    await world.claimed(holding)
+    await world.redis.xgroup_createconsumer(stream, keys.GROUP, "dead")
+    monkeypatch.setattr("kimia.streams.jobs._FORGOTTEN", -1)
+    await world.worker(LLM, "new")
+    assert [c["name"] for c in await world.redis.xinfo_consumers(stream, keys.GROUP)] == [b"holding"]
+    assert await dead.sweep(1) == []  # it was not dead: it comes back by itself
