@@ -10,6 +10,7 @@ await server.start()
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -33,6 +34,8 @@ Behavior: TypeAlias = Callable[[Any, Context], Any]
 
 STALLED_SECONDS = 60.0  # a client that reads nothing for so long is given up, so that it holds no row
 PING_TIMEOUT_SECONDS = 10.0
+LINGER_SECONDS = 0.5  # to read what a client is still sending when its call has failed
+PAUSE_SECONDS = 0.05  # without a message: the client waits for an answer
 
 log = get_logger()
 
@@ -128,10 +131,10 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
         if method is None:
             return None
         make, behavior = _parts(method)
-        guarded = self._guarded(behavior, handler_call_details.method)
+        guarded = self._guarded(behavior, handler_call_details.method, method.request_streaming)
         return make(guarded, method.request_deserializer, method.response_serializer)
 
-    def _guarded(self, behavior: Behavior, name: str) -> Behavior:
+    def _guarded(self, behavior: Behavior, name: str, streaming: bool) -> Behavior:
         run = self._streamed(behavior) if inspect.isasyncgenfunction(behavior) else behavior
 
         async def guarded(request: Any, context: Context) -> Any:
@@ -139,12 +142,12 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
                 return await run(request, context)
             except KimiaError as error:
                 _log_refusal(name, error)
-                await abort(context, error)
+                await _abort(context, error, streaming)
             except (grpc.aio.AbortError, grpc.RpcError):
                 raise
             except Exception as error:  # the servicer edge: the cause goes to the log, not to the client
                 log.exception("call failed", method=name)
-                await abort(context, error)
+                await _abort(context, error, streaming)
 
         return guarded
 
@@ -167,6 +170,28 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
             raise DeadlineError(
                 f"nothing was read for {self.stalled_seconds:g} s; read the answer as it comes"
             ) from error
+
+
+async def _abort(context: Context, error: Exception, streaming: bool) -> None:
+    """End a call with a status. What its client is still sending is read first, for a short while.
+
+    An asyncio client whose write meets the end of its call reports "Internal error from Core" and forgets the status
+    (grpc/grpc issue 36066).
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while streaming and await _more(context):
+                pass
+    await abort(context, error)
+
+
+async def _more(context: Context) -> bool:
+    """Read and forget one message; False when the client has finished or pauses."""
+    try:
+        async with asyncio.timeout(PAUSE_SECONDS):
+            return await context.read() is not grpc.aio.EOF
+    except TimeoutError:
+        return False
 
 
 def _parts(method: Any) -> tuple[Callable[..., Any], Behavior]:
