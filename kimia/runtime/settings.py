@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "read_settings"]
 
+REDIS = r"^((redis|rediss|unix)://.+)?$"
 ADDRESS = r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):\d{1,5}$"
 
 S = TypeVar("S", bound=BaseSettings)
@@ -32,9 +33,12 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,  # may hold a password
+        pattern=REDIS,
         description="Journal: sessions, jobs and logs. `redis://`, `rediss://`, `unix://`; empty: a stage alone",
     )
-    blob_url: str = Field("", repr=False, description="Blobs, which may be lost. Empty: the journal's server")
+    blob_url: str = Field(
+        "", repr=False, pattern=REDIS, description="Blobs, which may be lost. Empty: the journal's server"
+    )
     partitions: int = Field(1, ge=1, le=1024, description="Partitions of sessions; the same in every process, for good")
     lease_seconds: float = Field(2.0, gt=0, description="Silence of a worker after which others take its turns over")
     turn_ttl_seconds: float = Field(900.0, gt=0, description="Life of a turn's keys after its last write")

@@ -56,6 +56,14 @@ def test_wrong_addresses_are_refused(monkeypatch, value):
         read_settings()
 
 
+@pytest.mark.parametrize("name", ["KIMIA_REDIS_URL", "KIMIA_BLOB_URL"])
+def test_wrong_urls_are_refused_without_showing_them(monkeypatch, name):
+    monkeypatch.setenv(name, "http://user:swordfish@host")
+    with pytest.raises(SettingsError, match=name) as caught:
+        read_settings()
+    assert "swordfish" not in str(caught.value)
+
+
 def test_secrets_show_nowhere(monkeypatch):
     monkeypatch.setenv("KIMIA_REDIS_URL", "redis://user:swordfish@host/0")
     assert "swordfish" not in repr(read_settings())
