@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -25,6 +25,7 @@ from kimia.v1.turn_pb2 import (
     FEATURE_TYPE_BF16,
     FEATURE_TYPE_F16,
     FEATURE_TYPE_F32,
+    Chunk,
     FeatureType,
 )
 
@@ -127,6 +128,12 @@ def feature_rows(data: bytes, kind: FeatureType.ValueType, width: int) -> torch.
     if width < 1 or len(data) % (width * dtype.itemsize):
         raise AudioError(f"{len(data)} bytes of features are no whole rows of {width} values")
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(-1, width)
+
+
+async def replayed(*chunks: Chunk) -> AsyncIterator[Chunk]:
+    """A log that is there already, as a stage's inbox."""
+    for chunk in chunks:
+        yield chunk
 
 
 def cut_off(log: Log) -> StateError:

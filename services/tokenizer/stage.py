@@ -6,12 +6,13 @@ what the model hears; spoken history needs its codes alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import numpy as np
 
 from kimia.clips import Sound, wanted_sounds
-from kimia.compute import FEATURE_TYPES, ComputeThread, cut_off, feature_bytes, open_model
+from kimia.compute import FEATURE_TYPES, ComputeThread, cut_off, feature_bytes, open_model, replayed
 from kimia.errors import AudioError, ConversationError
 from kimia.model.audio import load_audio, prepare_waveform
 from kimia.model.encode import AudioEncoder
@@ -53,7 +54,7 @@ class TokenizerStage:
         clip = Clip(format=AudioFormat(encoding=ENCODING_PCM_S16LE, sample_rate=16000))
         turn = Turn(messages=[Message(role=ROLE_USER, audio=clip)])
         silence = Chunk(final=True, input=InputAudio(data=bytes(32000), clip_end=True))
-        async for _ in self.run(turn, _only(silence)):
+        async for _ in self.run(turn, replayed(silence)):
             pass
 
     async def run(
@@ -68,23 +69,21 @@ class TokenizerStage:
             return
         compute = self.compute.turn()
         gathering = Gathering(wanted_sounds(turn.messages))
-        told = _told(published)
-        index = 0
+        told = Counter(chunk.encoded.clip for chunk in published)
+        whole = {chunk.encoded.clip for chunk in published if chunk.encoded.clip_end}
+        index = len(published)
         async for chunk in inbox:
-            sound, pieces = gathering.take(chunk), list[Encoded]()
-            if sound is not None and sound.clip.number in told:
-                pieces = [Encoded()] * told[sound.clip.number]  # only counted
-            elif sound is not None:
-                pieces = await compute.run(self._encode, sound, gathering.data(sound))
-            written = [Chunk(encoded=piece) for piece in pieces]
+            clip = gathering.take(chunk)
+            written = []
+            if clip is not None and clip[0].clip.number not in whole:
+                pieces = await compute.run(self._encode, *clip)
+                written = [Chunk(encoded=piece) for piece in pieces[told[clip[0].clip.number] :]]
             if chunk.final:
                 gathering.check_complete()
                 written = _closed(written, StageReport(compute_seconds=compute.seconds, units=gathering.complete))
             for out in written:
-                out.index = index
-                if index >= len(published):
-                    yield out
-                index += 1
+                out.index, index = index, index + 1
+                yield out
             if chunk.final:
                 return
         raise cut_off("input")
@@ -116,8 +115,8 @@ class Gathering:
         """Clips that have ended."""
         return len(self._ended)
 
-    def take(self, chunk: Chunk) -> Sound | None:
-        """Store a piece; the clip that it ends, if any. Raises ConversationError, AudioError."""
+    def take(self, chunk: Chunk) -> tuple[Sound, bytes] | None:
+        """Store a piece; the clip that it ends with all its bytes, if any. Raises ConversationError, AudioError."""
         if not chunk.HasField("input"):
             return None
         number = chunk.input.clip
@@ -130,11 +129,7 @@ class Gathering:
         if not chunk.input.clip_end:
             return None
         self._ended.add(number)
-        return sound
-
-    def data(self, sound: Sound) -> bytes:
-        """All bytes of a clip, which are then let go."""
-        return b"".join(self._parts.pop(sound.clip.number))
+        return sound, b"".join(self._parts.pop(number))
 
     def check_complete(self) -> None:
         """Raise AudioError when a clip has begun but not ended, or never came although it must be encoded."""
@@ -179,16 +174,3 @@ def _closed(chunks: list[Chunk], report: StageReport) -> list[Chunk]:
     closed[-1].final = True
     closed[-1].report.CopyFrom(report)
     return closed
-
-
-def _told(published: Sequence[Chunk]) -> dict[int, int]:
-    """The clips that were given out as a whole, with the number of their pieces."""
-    pieces: dict[int, int] = {}
-    for chunk in published:
-        pieces[chunk.encoded.clip] = pieces.get(chunk.encoded.clip, 0) + 1
-    ended = {chunk.encoded.clip for chunk in published if chunk.encoded.clip_end}
-    return {number: count for number, count in pieces.items() if number in ended}
-
-
-async def _only(chunk: Chunk) -> AsyncIterator[Chunk]:
-    yield chunk
