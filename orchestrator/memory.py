@@ -171,11 +171,20 @@ def end_turn(record: SessionRecord) -> None:
     sources = {clip.source_turn for clip in clips_of([*record.messages, *record.pending])}
     recent = record.turn_ids[-REMEMBERED_TURNS:]
     record.turn_ids[:] = [turn for turn in record.turn_ids if turn in sources or turn in recent]
+    for key in [key for key, turn in record.turn_of_key.items() if turn not in recent]:
+        del record.turn_of_key[key]
 
 
-def replace_answer(record: SessionRecord, answer: Message) -> bool:
-    """Put a shorter answer in the place of the last one; False when the conversation does not end with an answer."""
-    if not record.messages or record.messages[-1].role != ROLE_ASSISTANT:
-        return False
-    record.messages[-1].CopyFrom(answer)
-    return True
+def cut_answer(record: SessionRecord, turn_id: str, answer: Answer | None) -> int:
+    """Put a shorter answer in the place of the turn's; the codes of it that are remembered then.
+
+    Nothing changes when the conversation has gone on, when nothing of the turn is remembered, and without an answer.
+    """
+    last = record.messages[-1] if record.messages else Message()
+    if last.role != ROLE_ASSISTANT or not record.turn_ids or record.turn_ids[-1] != turn_id:
+        return 0
+    codes = len(last.spoken.clip.codes)
+    if answer is None or answer.message is None or answer.codes >= codes:
+        return codes
+    last.CopyFrom(answer.message)
+    return answer.codes

@@ -20,16 +20,17 @@ from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import Chunk, Encoded, Step, Turn
 from orchestrator.memory import (
     REMEMBERED_TURNS,
+    Answer,
     answer_of,
     clips_of,
     codes_heard,
     conversation,
+    cut_answer,
     encoded_clips,
     end_turn,
     feature_keys,
     forget_blobs,
     remember,
-    replace_answer,
     route_for,
 )
 
@@ -99,13 +100,30 @@ def test_only_whole_codes_were_heard():
     assert [codes_heard(ms) for ms in (0, 79, 80, 400)] == [0, 0, 1, 5]
 
 
+def spoken(*codes):
+    return Message(role=ROLE_ASSISTANT, spoken=Spoken(clip=Clip(codes=codes)))
+
+
 def test_a_cut_answer_takes_the_place_of_the_last():
-    record = SessionRecord(messages=[QUESTION, Message(role=ROLE_ASSISTANT, text=Text(ids=[1, 2]))])
-    shorter = Message(role=ROLE_ASSISTANT, text=Text(ids=[1]))
-    assert replace_answer(record, shorter)
-    assert record.messages[1] == shorter
-    assert not replace_answer(SessionRecord(messages=[QUESTION]), shorter)
-    assert not replace_answer(SessionRecord(), shorter)
+    record = SessionRecord(messages=[QUESTION, spoken(1, 2, 3)], turn_ids=["s.1"])
+    assert cut_answer(record, "s.1", None) == 3
+    assert cut_answer(record, "s.1", Answer(spoken(1), 1)) == 1
+    assert list(record.messages) == [QUESTION, spoken(1)]
+    assert cut_answer(record, "s.1", Answer(spoken(1, 2), 2)) == 1  # what was cut is gone
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        SessionRecord(),
+        SessionRecord(messages=[QUESTION], turn_ids=["s.1"]),
+        SessionRecord(messages=[QUESTION, spoken(1, 2)], turn_ids=["s.1", "s.2"]),
+    ],
+)
+def test_nothing_is_cut_of_another_answer(record):
+    before = SessionRecord.FromString(record.SerializeToString())
+    assert cut_answer(record, "s.1", Answer(spoken(1), 1)) == 0
+    assert record == before
 
 
 # ---- clips ------------------------------------------------------------------------------------------------------

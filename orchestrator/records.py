@@ -1,0 +1,89 @@
+"""Session records in the journal: read, changed without losing what others change, patient when the journal is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from kimia.errors import NotFoundError, StateError, UnavailableError
+from kimia.streams.journal import Journal
+from kimia.v1.session_pb2 import SessionRecord
+from kimia.v1.turn_pb2 import Caller
+
+T = TypeVar("T")
+
+PATIENCE = 15.0  # seconds that a call waits for a journal that is away: longer than a restart takes
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
+CONFLICTS = 20  # attempts at a record that others keep changing
+
+
+async def patiently(call: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
+    """The answer of an idempotent call, as soon as the journal can be reached. Raises UnavailableError in the end."""
+    pause, waited = FIRST_PAUSE, 0.0
+    while True:
+        try:
+            return await call()
+        except UnavailableError:
+            if waited >= patience:
+                raise
+            await asyncio.sleep(pause)
+            waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
+
+
+class Records:
+    """The sessions of all tenants; nobody sees those of another."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    async def load(self, session_id: str, tenant: str) -> SessionRecord:
+        """A session of this tenant. Raises NotFoundError."""
+        record, _ = await patiently(lambda: self._journal.load_session(session_id))
+        if record.caller.tenant != tenant:
+            raise NotFoundError(
+                f"no session {session_id}: it has expired or was deleted; begin one", field="session_id"
+            )
+        return record
+
+    async def begin(self, session_id: str, caller: Caller, *, one_off: bool = False) -> tuple[SessionRecord, bool]:
+        """A session of this tenant, and whether it is new. Raises NotFoundError for another's, or a deleted one."""
+        try:
+            return (await self.load(session_id, caller.tenant)), False
+        except NotFoundError:
+            record = new_record(session_id, caller, one_off=one_off)
+        try:
+            await patiently(lambda: self._journal.save_session(record, 0))
+        except StateError:  # somebody else has begun it, or it belongs to another tenant
+            return (await self.load(session_id, caller.tenant)), False
+        return record, True
+
+    async def change(self, session_id: str, edit: Callable[[SessionRecord], T]) -> T:
+        """Change a session; the edit's result. It is made anew on a fresh record when somebody else has written.
+
+        So an edit must notice what it has done already. Raises NotFoundError, and what the edit raises.
+        """
+        return await patiently(lambda: self._changed(session_id, edit))
+
+    async def _changed(self, session_id: str, edit: Callable[[SessionRecord], T]) -> T:
+        for _ in range(CONFLICTS):
+            record, version = await self._journal.load_session(session_id)
+            before = record.SerializeToString(deterministic=True)
+            result = edit(record)
+            if record.SerializeToString(deterministic=True) == before:
+                return result
+            try:
+                await self._journal.save_session(record, version)
+            except StateError:
+                continue
+            return result
+        raise UnavailableError(f"session {session_id} is changed by others all the time; try again", retry_after=1.0)
+
+
+def new_record(session_id: str, caller: Caller, *, one_off: bool = False) -> SessionRecord:
+    """The record of a session that begins now."""
+    now = Timestamp()
+    now.GetCurrentTime()
+    return SessionRecord(id=session_id, caller=caller, create_time=now, one_off=one_off)

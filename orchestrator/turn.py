@@ -1,0 +1,303 @@
+"""Turns from a request to the session's memory: prepared, started, followed, settled.
+
+A turn is prepared from what the session remembers and what is asked; from `start` on it goes on by itself, whoever
+follows it. When it has ended it is settled: the conversation takes the question and the answer in. Any process may do
+that, and does so when it next needs the session, so nothing is lost with the process that started the turn.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kimia.errors import KimiaError, NotFoundError, StateError
+from kimia.model.philox import SEED_LIMIT
+from kimia.runtime.logs import get_logger
+from kimia.stage import LLM, TOKENIZER
+from kimia.streams import keys
+from kimia.streams.blobs import Blobs
+from kimia.streams.inbox import Inbox
+from kimia.streams.journal import Head, Journal
+from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, Message, TurnOptions
+from kimia.v1.session_pb2 import SessionRecord
+from kimia.v1.turn_pb2 import JOB_CLASS_INTERACTIVE, Caller, Chunk, InputAudio, JobClass, StageReport, Turn
+from orchestrator.checks import PRESETS
+from orchestrator.following import Following, Position
+from orchestrator.memory import (
+    answer_of,
+    clips_of,
+    codes_heard,
+    conversation,
+    cut_answer,
+    end_turn,
+    feature_keys,
+    forget_blobs,
+    remember,
+    route_for,
+)
+from orchestrator.records import Records, patiently
+from orchestrator.session import LARGEST_PIECE
+from orchestrator.sound import output_format
+
+APPENDED_AT_ONCE = 16  # pieces of input in one call to the journal: 1 MiB
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class OpenInput:
+    """A turn whose input log may be written."""
+
+    turn_id: str
+    token: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A turn as a request asks for it."""
+
+    caller: Caller
+    asked: Sequence[Message]  # clips without data, their sources set
+    options: TurnOptions
+    seconds: float  # until the turn is dropped
+    say: str | None = None
+    key: str = ""  # of idempotency
+    job_class: JobClass.ValueType = JOB_CLASS_INTERACTIVE
+
+
+# ---- preparing --------------------------------------------------------------------------------------------------
+
+
+def filled_options(options: TurnOptions) -> TurnOptions:
+    """Options with what the control plane decides: output type, preset, format; sampling is left to the model."""
+    filled = TurnOptions()
+    filled.CopyFrom(options)
+    filled.output_type = options.output_type or OUTPUT_TYPE_BOTH
+    filled.preset = options.preset or PRESETS[0]
+    filled.output_format.CopyFrom(output_format(options.output_format))
+    return filled
+
+
+def prepared(turn_id: str, history: Sequence[Message], wanted: Wanted) -> Turn:
+    """The final spec of a turn. Raises ConversationError."""
+    messages = conversation(turn_id, history, wanted.asked)
+    options = filled_options(wanted.options)
+    turn = Turn(
+        id=turn_id,
+        session_id=keys.session_of(turn_id),
+        caller=wanted.caller,
+        idempotency_key=wanted.key,
+        seed=options.seed if options.HasField("seed") else secrets.randbelow(SEED_LIMIT),
+        route=[kind.number for kind in route_for(messages, options)],
+        job_class=wanted.job_class or JOB_CLASS_INTERACTIVE,
+        messages=messages,
+        say=wanted.say,
+        options=options,
+    )
+    turn.deadline.FromMicroseconds(round((time.time() + wanted.seconds) * 1e6))
+    return turn
+
+
+def separated(turn_id: str, messages: Iterable[Message]) -> tuple[list[Message], list[Chunk]]:
+    """Messages without their sound, and the input log of the turn that takes it."""
+    copies = []
+    pieces: list[InputAudio] = []
+    for message in messages:
+        copy = Message()
+        copy.CopyFrom(message)
+        copies.append(copy)
+        for clip in clips_of([copy]):
+            data = clip.data
+            clip.ClearField("data")
+            if message.HasField("audio") or not clip.codes:
+                clip.source_turn, clip.source_number = turn_id, sum(piece.clip_end for piece in pieces)
+                clip.number = clip.source_number
+                pieces.extend(cut(data, clip.number))
+    last = len(pieces) - 1
+    return copies, [Chunk(index=at, input=piece, final=at == last) for at, piece in enumerate(pieces)]
+
+
+def cut(data: bytes, clip: int) -> list[InputAudio]:
+    """A whole clip in pieces that a log takes."""
+    starts = range(0, len(data), LARGEST_PIECE)
+    return [
+        InputAudio(clip=clip, data=data[start : start + LARGEST_PIECE], clip_end=start == starts[-1])
+        for start in starts
+    ]
+
+
+# ---- running ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a turn ended, and what is left of its answer."""
+
+    head: Head
+    reports: dict[str, StageReport]
+    codes: int
+
+
+class Turns:
+    """Starts, follows and settles turns."""
+
+    def __init__(self, journal: Journal, inbox: Inbox, blobs: Blobs) -> None:
+        self.journal = journal
+        self.inbox = inbox
+        self.blobs = blobs
+        self.records = Records(journal)
+
+    async def open(self, session_id: str, caller: Caller) -> OpenInput:
+        """A new turn of the session, ready for input. Raises NotFoundError for a deleted session."""
+        turn = Turn(id=keys.new_turn_id(session_id), session_id=session_id, caller=caller)
+        opened = await patiently(lambda: self.journal.open_turn(turn, self.inbox.owner))
+        return OpenInput(opened.turn_id, opened.token)
+
+    async def reopen(self, turn_id: str) -> OpenInput:
+        """An open turn, taken over from whoever wrote its input before. Raises NotFoundError."""
+        token = await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))
+        return OpenInput(turn_id, token)
+
+    async def append(self, opened: OpenInput, chunks: Sequence[Chunk]) -> None:
+        """Write input. Raises StateError, TurnCancelledError, NotFoundError."""
+        for start in range(0, len(chunks), APPENDED_AT_ONCE):
+            some = chunks[start : start + APPENDED_AT_ONCE]
+            await patiently(lambda some=some: self.journal.append_input(opened.turn_id, opened.token, some))  # type: ignore[misc]
+
+    async def start(
+        self, opened: OpenInput, wanted: Wanted, also: Callable[[SessionRecord], None] | None = None
+    ) -> Turn | str:
+        """Let the turn be answered; the turn, or the id of the one that the same idempotency key has started.
+
+        Its input must be complete. `also` changes the session in the same write. Raises StateError when the session's
+        last turn is still running, ConversationError, NotFoundError.
+        """
+        session_id = keys.session_of(opened.turn_id)
+        record = await self.refreshed(session_id, wanted.caller.tenant)
+        missing = await patiently(lambda: self._missing_blobs(record.messages))
+
+        def claim(record: SessionRecord) -> Turn | str:
+            known = record.turn_of_key.get(wanted.key, "") if wanted.key else ""
+            if known and known != opened.turn_id:
+                return known
+            if not known and record.running_turn_id != opened.turn_id:
+                check_idle(record)
+                if also is not None:
+                    also(record)
+                forget_blobs(record.messages, missing)
+                record.asked.extend(wanted.asked)
+                record.running_turn_id = opened.turn_id
+                record.turn_ids.append(opened.turn_id)
+                if wanted.key:
+                    record.turn_of_key[wanted.key] = opened.turn_id
+            return prepared(opened.turn_id, record.messages, wanted)
+
+        turn = await self.records.change(session_id, claim)
+        if isinstance(turn, Turn):
+            await self._submit(turn, opened.token)
+        return turn
+
+    async def _submit(self, turn: Turn, token: int) -> None:
+        try:
+            await patiently(lambda: self.journal.submit(turn, token))
+        except KimiaError:
+            await self.records.change(turn.session_id, lambda record: _end(record, turn.id))
+            raise
+
+    async def _missing_blobs(self, messages: Sequence[Message]) -> list[str]:
+        names = feature_keys(messages)
+        return await self.blobs.renew(names) if names else []
+
+    # ---- following ----
+
+    async def follow(self, turn_id: str, tenant: str, position: Position) -> Following:
+        """Read a turn of this tenant, here from now on. Raises NotFoundError; StateError while it is not submitted."""
+        feed = self.inbox.feed(turn_id)
+        try:
+            await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))
+            head = await patiently(lambda: self.journal.head(turn_id))
+            if head.turn.caller.tenant != tenant:
+                raise NotFoundError(f"no turn {turn_id}: it has expired or was deleted", field="turn_id")
+            if head.state == "open" or not head.submitted:
+                raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
+        except BaseException:
+            feed.close()
+            raise
+        return Following(feed, head.turn, position)
+
+    # ---- settling ----
+
+    async def refreshed(self, session_id: str, tenant: str) -> SessionRecord:
+        """The session, its last turn settled if it has ended. Raises NotFoundError."""
+        record = await self.records.load(session_id, tenant)
+        if not record.running_turn_id:
+            return record
+        try:
+            head = await patiently(lambda: self.journal.head(record.running_turn_id))
+        except NotFoundError:
+            await self.records.change(session_id, lambda fresh: _end(fresh, record.running_turn_id))
+            return await self.records.load(session_id, tenant)
+        if not head.over:
+            return record
+        await self.settle(head)
+        return await self.records.load(session_id, tenant)
+
+    async def settle(self, head: Head, heard_ms: int | None = None, tokens: Sequence[Chunk] | None = None) -> Settled:
+        """Take a turn that has ended into its session's conversation, once.
+
+        `heard_ms` cuts the answer; without it a cancelled turn is cut to what the session's record says. `tokens` is
+        the whole log, where it was read already.
+        """
+        turn_id = head.turn.id
+        encoded: list[Chunk] = []
+        if head.next["encoded"]:
+            encoded = await patiently(lambda: self.journal.read(turn_id, "encoded"))
+        steps = await patiently(lambda: self.journal.read(turn_id, "tokens")) if tokens is None else tokens
+        codes = await self.records.change(
+            head.turn.session_id, lambda record: _take_in(record, head, encoded, steps, heard_ms)
+        )
+        return Settled(head, _reports({TOKENIZER.name: encoded, LLM.name: steps}), codes)
+
+    async def cut(self, turn_id: str, heard_ms: int | None) -> int:
+        """Cut the answer of a turn that was settled to what was heard; the codes that are left of it."""
+        answer = None
+        if heard_ms is not None:
+            tokens = await patiently(lambda: self.journal.read(turn_id, "tokens"))
+            answer = answer_of(tokens, codes_heard(heard_ms))
+        return await self.records.change(keys.session_of(turn_id), lambda record: cut_answer(record, turn_id, answer))
+
+
+def check_idle(record: SessionRecord) -> None:
+    """Raise StateError while a turn of the session is running."""
+    if record.running_turn_id:
+        raise StateError(
+            f"turn {record.running_turn_id} of the session is being answered; cancel it first, or wait for it"
+        )
+
+
+def _end(record: SessionRecord, turn_id: str) -> None:
+    if record.running_turn_id == turn_id:
+        end_turn(record)
+
+
+def _take_in(
+    record: SessionRecord, head: Head, encoded: Sequence[Chunk], tokens: Sequence[Chunk], heard_ms: int | None
+) -> int:
+    """Settle a turn in its session's record; the codes of the answer that are remembered."""
+    if head.state == "cancelled" and heard_ms is None:
+        heard_ms = record.heard_ms
+    answer = answer_of(tokens, None if heard_ms is None else codes_heard(heard_ms))
+    if record.running_turn_id != head.turn.id:  # somebody else has settled it
+        return cut_answer(record, head.turn.id, None if heard_ms is None else answer)
+    if head.state == "error":
+        end_turn(record)
+        return 0
+    dropped = tokens[-1].report.dropped_messages if tokens else 0
+    remember(record, head.turn, encoded, answer.message, dropped)
+    return answer.codes
+
+
+def _reports(logs: dict[str, Sequence[Chunk]]) -> dict[str, StageReport]:
+    return {name: log[-1].report for name, log in logs.items() if log and log[-1].HasField("report")}
