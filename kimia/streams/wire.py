@@ -11,6 +11,8 @@ from importlib import resources
 from typing import Any, Self, TypeAlias
 
 import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -22,6 +24,7 @@ Argument: TypeAlias = str | bytes | int | float
 Call: TypeAlias = tuple[Sequence[str], Sequence[Argument]]  # keys, arguments
 
 _RETRY_AFTER = 1.0  # seconds
+_RETRY = Retry(ExponentialBackoff(cap=0.1, base=0.01), 3)  # seconds: a connection that was dropped, not an outage
 _UNREACHABLE = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
 
 
@@ -151,6 +154,6 @@ def script_text(script: str) -> tuple[str, str]:
 def _client(url: str) -> redis.Redis:
     """A client that connects on first use. Raises UnavailableError for a URL that is none."""
     try:
-        return redis.Redis.from_url(url, protocol=2, socket_connect_timeout=5, socket_timeout=10)
+        return redis.Redis.from_url(url, protocol=2, socket_connect_timeout=5, socket_timeout=10, retry=_RETRY)
     except ValueError as error:
         raise UnavailableError(f"{url!r} is no Redis URL ({error}); use redis://host:port/db") from error

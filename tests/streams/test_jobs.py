@@ -171,6 +171,17 @@ async def test_a_worker_that_recovers_its_own_turn_fences_its_old_claim(hasty):
     assert await worker.publish(new, step(0)) == Published(WRITTEN, 1)
 
 
+async def test_the_name_fences_too_when_tokens_were_rolled_back(hasty):
+    old_worker, new_worker = await hasty.worker(LLM, "old"), await hasty.worker(LLM, "new")
+    old = await hasty.claimed(old_worker)
+    await hasty.redis.delete(keys.token("{0}", "llm"))  # a fail-over lost the counter
+    [new] = await hasty.recovered(new_worker)
+    assert new.token == old.token
+    assert await old_worker.publish(old, step(0)) == Published(FENCED, 0)
+    assert await old_worker.heartbeat([old]) == [old]
+    assert await new_worker.publish(new, step(0)) == Published(WRITTEN, 1)
+
+
 async def test_a_held_turn_is_not_recovered(world):
     worker, other = await world.worker(LLM, "w1"), await world.worker(LLM, "w2")
     claim = await world.claimed(worker)
@@ -537,6 +548,17 @@ async def test_an_entry_of_a_finished_turn_is_dropped(world):
     await wanted.publish(claim, step(0, final=True))  # the class entry was never delivered
     assert await world.state(turn) == "running"
     assert await other.sweep(5) == []
+    assert await other.depth() == (0, 0)
+
+
+async def test_an_entry_that_was_replaced_is_dropped(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    await world.submitted(worker="wanted")
+    [claim] = await wanted.sweep(1)
+    await wanted.release(claim)  # the class entry was never delivered
+    [taken] = await other.sweep(5)
+    assert await other.depth() == (0, 1)
+    assert (await other.publish(taken, step(0, final=True))).outcome is WRITTEN
     assert await other.depth() == (0, 0)
 
 
