@@ -2,14 +2,17 @@
 
     python -m kimia.runtime.health 127.0.0.1:50051 [service]     # exit code 0: serving, 1: not
 
-NOT_SERVING until the process is ready and again as soon as it drains, before anything is refused.
+NOT_SERVING until the process is ready and again as soon as it drains, before anything is refused. The probe reads the
+same KIMIA_TLS_* settings as the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -79,13 +82,28 @@ class Health:
 
 def probe(address: str, service: str = "", *, seconds: float = PROBE_SECONDS) -> str:
     """SERVING, NOT_SERVING, or why there is no answer."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(address) as channel:
         try:
             check = HealthStub(channel).Check  # type: ignore[attr-defined]  # the stubs leave methods out
             answer = check(HealthCheckRequest(service=service), timeout=seconds)
         except grpc.RpcError as error:
             return f"{error.code().name}: {error.details()}"
     return HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def _channel(address: str) -> grpc.Channel:
+    """A connection as the environment's TLS settings want it: the process's own certificate shows who asks."""
+    options: list[tuple[str, str | int]] = [("grpc.enable_http_proxy", 0)]
+    if not os.environ.get("KIMIA_TLS_CERTIFICATE"):
+        return grpc.insecure_channel(address, options=options)
+    from kimia.runtime.settings import read_settings
+
+    settings = read_settings()
+    chain, key = Path(settings.tls_certificate).read_bytes(), Path(settings.tls_key).read_bytes()
+    authority = Path(settings.tls_client_ca).read_bytes() if settings.tls_client_ca else b""
+    credentials = grpc.ssl_channel_credentials(chain + b"\n" + authority, key, chain)
+    options.append(("grpc.ssl_target_name_override", settings.tls_name))
+    return grpc.secure_channel(address, credentials, options=options)
 
 
 def main(arguments: Sequence[str]) -> int:

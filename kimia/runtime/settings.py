@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     tls_client_ca: str = Field(
         "", description="PEM file of the authority of clients. Given: clients must show a certificate"
     )
+    tls_name: str = Field(
+        "localhost", description="Name in the certificate, as which the container's probe knows the server"
+    )
 
     # ---- limits ----
     tenant_sessions: int = Field(
@@ -122,7 +125,15 @@ class Settings(BaseSettings):
         )
 
 
-def read_settings(kind: type[S] = Settings) -> S:  # type: ignore[assignment]  # a default for a type variable
+@overload
+def read_settings() -> Settings: ...
+
+
+@overload
+def read_settings(kind: type[S]) -> S: ...
+
+
+def read_settings(kind: type[BaseSettings] = Settings) -> BaseSettings:
     """This process's settings. Raises SettingsError: one line that names every variable that is wrong."""
     try:
         return kind()
