@@ -1,0 +1,207 @@
+"""One claimed turn: what the stage gets to read, what becomes of every chunk, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from kimia.errors import InternalError, KimiaError, NotFoundError, UnavailableError
+from kimia.runtime.inputs import FeatureOutlet, follow, read_encoded, read_sound, replay, sounds_to_encode
+from kimia.runtime.local import close
+from kimia.runtime.logs import bound_turn, get_logger
+from kimia.runtime.metrics import FIRST_CHUNK, REAL_TIME_FACTOR, STAGE_LATENCY
+from kimia.runtime.publisher import Publisher
+from kimia.stage import LLM, TOKENIZER, Stage
+from kimia.status import to_failure
+from kimia.streams import keys
+from kimia.streams.blobs import Blobs
+from kimia.streams.inbox import Feed, Inbox
+from kimia.streams.jobs import Claim, Jobs, Outcome
+from kimia.streams.patience import Patience
+from kimia.v1.turn_pb2 import Chunk
+
+CODE_SECONDS = 0.08
+SAMPLE_BYTES = 2
+
+# How an attempt ends, besides the terminal states of a turn (done, cancelled, error).
+HANDED_OVER = "handed_over"  # given to another worker: this one stops
+LOST = "lost"  # another worker has it, or nobody needs it any more
+REWOUND = "rewound"  # back to the tokenizer
+RETRIED = "retried"  # left to be claimed again; counted
+
+log = get_logger()
+
+Take = Callable[[Chunk], Awaitable[Chunk | None]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all attempts of one worker share."""
+
+    stage: Stage
+    jobs: Jobs
+    inbox: Inbox
+    blobs: Blobs
+    publisher: Publisher
+    patience: Patience
+    partitions: int
+    checkpoint: str  # names the weights that features were made with
+
+
+class Attempt:
+    """Runs the stage for one claim until the turn is done, somebody else ends it, or it is stopped."""
+
+    def __init__(self, bench: Bench, claim: Claim) -> None:
+        self.claim = claim
+        self.outcome = ""  # "" while it runs
+        self._bench = bench
+        self._verdict = ""  # why it was stopped from outside
+        self._started = perf_counter()
+        self.task = asyncio.create_task(self._run())
+
+    def stop(self, verdict: str) -> None:
+        """End it within one step or chunk; `verdict` becomes its outcome."""
+        if not self._verdict and not self.outcome:
+            self._verdict = verdict
+            self.task.cancel()
+
+    # ---- from the claim to the outcome ----
+
+    async def _run(self) -> None:
+        turn_id = self.claim.turn.id
+        with bound_turn(turn_id), self._bench.inbox.feed(turn_id) as feed:
+            watch = asyncio.create_task(self._watch(feed))
+            try:
+                self.outcome = await self._serve(feed) or self._verdict
+            except asyncio.CancelledError:
+                if not self._verdict:
+                    raise  # the worker itself is torn down: its lease ends, and another worker goes on
+                self.outcome = self.outcome or self._verdict
+            finally:
+                watch.cancel()
+            if self.outcome == HANDED_OVER:
+                await self._bench.patience.reach(lambda: self._bench.jobs.release(self.claim))
+            log.info("turn left", outcome=self.outcome, seconds=round(perf_counter() - self._started, 4))
+
+    async def _watch(self, feed: Feed) -> None:
+        """Stop when the turn reaches a terminal state elsewhere."""
+        try:
+            self.stop((await feed.ended()).state)
+        except NotFoundError:
+            self.stop(LOST)
+
+    async def _serve(self, feed: Feed) -> str:
+        """The outcome, also of what goes wrong. The edge of one turn: nothing that happens here ends the worker."""
+        try:
+            return await self._compute(feed)
+        except UnavailableError as error:
+            log.warning("turn interrupted", error=str(error))
+        except KimiaError as error:
+            failure = to_failure(error)
+            log.info("turn failed", reason=failure.reason)
+            await self._bench.patience.reach(lambda: self._bench.jobs.fail(self.claim, failure))
+            return "error"
+        except Exception:
+            log.exception("stage crashed", attempt=self.claim.attempt)
+        return RETRIED
+
+    async def _compute(self, feed: Feed) -> str:
+        """Run the stage and publish what it yields."""
+        published = await self._published()
+        if published and published[-1].final:  # its last answer was lost: say it again, so that all follows from it
+            return await self._publish(published)
+        given = await self._given(feed, published)
+        if given is None:
+            log.info("features gone")
+            await self._bench.patience.reach(lambda: self._bench.jobs.rewind(self.claim))
+            return REWOUND
+        return await self._publish_all(*given, published)
+
+    async def _publish_all(self, inbox: AsyncIterator[Chunk], take: Take, published: Sequence[Chunk]) -> str:
+        chunks = self._bench.stage.run(self.claim.turn, inbox, published)
+        made = list(published)  # kept until the turn ends: a journal that lost writes asks for them again
+        try:
+            async for chunk in chunks:
+                out = await take(chunk)
+                if out is None:
+                    continue
+                made.append(self._signed(out))
+                self.outcome = self._verdict or await self._publish(made)
+                if self.outcome:
+                    return self.outcome
+        finally:
+            await close(chunks)
+            await close(inbox)
+        raise InternalError(f"the {self.claim.kind.name} stage ended without a final chunk; see its worker's log")
+
+    # ---- what the stage reads ----
+
+    async def _published(self) -> Sequence[Chunk]:
+        """What an interrupted run has published; a rewound turn begins anew, for the sake of its features."""
+        kind = self.claim.kind
+        if not self.claim.next_index or (kind is TOKENIZER and self.claim.rewound):
+            return ()
+        journal, turn_id = self._bench.inbox.journal, self.claim.turn.id
+        return await self._bench.patience.reach(lambda: journal.read(turn_id, kind.writes))
+
+    async def _given(self, feed: Feed, published: Sequence[Chunk]) -> tuple[AsyncIterator[Chunk], Take] | None:
+        """The stage's inbox, and what takes its chunks; None when features are gone. Raises NotFoundError."""
+        bench, turn = self._bench, self.claim.turn
+        if self.claim.kind is TOKENIZER:
+            sounds = sounds_to_encode(turn, self.claim.rewound)
+            pieces = await bench.patience.reach(lambda: read_sound(bench.inbox.journal, turn, sounds))
+            outlet = FeatureOutlet(bench.blobs, turn, self._place(), pieces, published)
+            return replay(pieces), outlet.take
+        if self.claim.kind is LLM:
+            encoded = await read_encoded(feed, bench.blobs, turn)
+            return None if encoded is None else (replay(encoded), _as_it_is)
+        return follow(feed, self.claim.kind.reads), _as_it_is
+
+    def _place(self) -> tuple[str, str, str]:
+        """Where blobs of this turn lie: partition, tenant, checkpoint."""
+        turn = self.claim.turn
+        partition = keys.partition_of(keys.session_of(turn.id), self._bench.partitions)
+        return partition, turn.caller.tenant or "default", self._bench.checkpoint
+
+    # ---- what the stage writes ----
+
+    def _signed(self, chunk: Chunk) -> Chunk:
+        if chunk.final:
+            chunk.report.worker = self.claim.consumer
+        return chunk
+
+    async def _publish(self, made: Sequence[Chunk]) -> str:
+        """Publish the last chunk made, and what the journal has lost before it. The outcome, if this ended the turn."""
+        at = len(made) - 1
+        while at < len(made):
+            answer = await self._bench.publisher.publish(self.claim, made[at])
+            if answer.outcome.lost:
+                return "cancelled" if answer.outcome is Outcome.CANCELLED else LOST
+            at = answer.next if answer.outcome is Outcome.GAP else at + 1
+        return self._measured(made)
+
+    def _measured(self, made: Sequence[Chunk]) -> str:
+        """Record how long it took; "done" after the final chunk."""
+        stage, seconds = self.claim.kind.name, perf_counter() - self._started
+        if len(made) == self.claim.next_index + 1:
+            FIRST_CHUNK.labels(stage).observe(seconds)
+        if not made[-1].final:
+            return ""
+        STAGE_LATENCY.labels(stage).observe(seconds)
+        sound = sum(_sound_seconds(chunk) for chunk in made[self.claim.next_index :])
+        if sound:
+            REAL_TIME_FACTOR.labels(stage).observe(made[-1].report.compute_seconds / sound)
+        return "done"
+
+
+async def _as_it_is(chunk: Chunk) -> Chunk:
+    return chunk
+
+
+def _sound_seconds(chunk: Chunk) -> float:
+    """Length of the sound that a chunk stands for."""
+    if chunk.HasField("speech"):
+        return len(chunk.speech.pcm) / SAMPLE_BYTES / max(chunk.speech.sample_rate, 1)
+    return CODE_SECONDS * (1 if chunk.HasField("step") else len(chunk.encoded.codes))

@@ -1,0 +1,486 @@
+"""Workers on a real journal: nothing is lost, repeated or left hanging, whatever happens to a worker."""
+
+import asyncio
+
+import pytest
+
+from kimia.errors import AudioError, UnavailableError
+from kimia.runtime.fake import FakeDetokenizer, FakeLanguageModel, FakeTiming, FakeTokenizer
+from kimia.stage import LLM
+from kimia.streams import keys
+from kimia.streams.ledger import Ledger
+from kimia.streams.wire import Wire, WireOptions
+from kimia.v1.conversation_pb2 import Message, Spoken
+from kimia.v1.turn_pb2 import Chunk
+from tests.runtime.workers import ROUTE, House, computed, content, eventually, heard, input_log, new_turn, sound
+
+pytestmark = pytest.mark.unit
+
+QUICK = FakeTiming(steps=60)
+STEADY = FakeTiming(steps=60, step_seconds=0.002, realtime_factor=0.005)
+LEASE = 0.3
+
+
+@pytest.fixture
+async def wire(valkey_url):
+    wire = await Wire.connect(valkey_url, options=WireOptions(lease=LEASE))
+    yield wire
+    await wire.aclose()
+
+
+@pytest.fixture
+async def house(wire):
+    async with House(wire) as house:
+        yield house
+
+
+# ---- the whole pipeline -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+async def test_three_workers_give_what_one_process_gives(journal_url, partitions):
+    wire = await Wire.connect(journal_url, options=WireOptions(partitions=partitions))
+    async with House(wire) as house:
+        house.start_fakes(QUICK)
+        turns = []
+        for number in range(5):
+            given = input_log((0, sound(30, number)), (1, sound(3, number + 1)))
+            turns.append((new_turn(heard(0), heard(1)), given))
+        for turn, given in turns:
+            await house.ask(turn, given)
+        for turn, given in turns:
+            assert (await house.ended(turn.id)).state == "done"
+            assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+    await wire.aclose()
+
+
+async def test_a_text_turn_passes_one_stage(house):
+    house.start_fakes(QUICK)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.logs(turn.id) == await computed(turn, [], QUICK)
+
+
+async def test_the_final_chunk_says_who_made_it(house):
+    worker = house.start(FakeLanguageModel(QUICK))
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.ended(turn.id)
+    log = await house.journal.read(turn.id, "tokens")
+    assert [chunk.report.worker for chunk in log[-2:]] == ["", worker.consumer]
+
+
+async def test_features_travel_as_blobs(house, wire):
+    house.start_fakes(QUICK)
+    turn = new_turn(heard(0))
+    await house.ask(turn, input_log((0, sound(20))))
+    await house.ended(turn.id)
+    encoded = [chunk.encoded for chunk in await house.journal.read(turn.id, "encoded")]
+    assert [e.features for e in encoded] == [b"", b""]
+    keyed = [e.feature_key for e in encoded]
+    assert all(key.startswith("{0}:blob:default:weights:") for key in keyed)
+    assert await wire.blobs.exists(*keyed) == 2
+
+
+async def test_more_turns_than_rows_wait_their_turn(house):
+    house.start_fakes(QUICK, rows=1)
+    turns = [new_turn(heard(0)) for _ in range(6)]
+    await asyncio.gather(*(house.ask(turn, input_log((0, sound(5)))) for turn in turns))
+    assert [(await house.ended(turn.id)).state for turn in turns] == ["done"] * 6
+
+
+async def test_rows_that_others_hold_are_not_claimed(house, wire):
+    worker = house.start(FakeLanguageModel(QUICK), rows=1)
+    assert worker._rows.try_acquire()
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await asyncio.sleep(LEASE)
+    assert "claimed" not in str((await house.journal.head(turn.id)).stages["llm"].consumer)
+    assert (await house.journal.head(turn.id)).stages["llm"].claimed == 0
+    worker._rows.release()
+    assert (await house.ended(turn.id)).state == "done"
+
+
+async def test_a_row_taken_by_a_direct_call_in_between_hands_the_turn_back(house, monkeypatch):
+    worker = house.start(FakeLanguageModel(QUICK), rows=1)
+    sweep = worker._jobs.sweep
+    stolen = asyncio.Event()
+
+    async def sweep_and_lose_the_row(count):
+        claims = await sweep(count)
+        if claims and not stolen.is_set():
+            assert worker._rows.try_acquire()
+            stolen.set()
+        return claims
+
+    monkeypatch.setattr(worker._jobs, "sweep", sweep_and_lose_the_row)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await stolen.wait()
+    worker._rows.release()
+    assert (await house.ended(turn.id)).state == "done"
+
+
+async def test_capacity_is_announced_and_withdrawn(house, wire):
+    worker = house.start(FakeLanguageModel(QUICK), rows=3)
+    ledger = Ledger(wire)
+    async with asyncio.timeout(5):
+        while (await ledger.usage())["llm"].capacity != 3:
+            await asyncio.sleep(0.005)
+    await house.leave(worker, 1)
+    assert (await ledger.usage())["llm"].capacity == 0
+
+
+# ---- take-over --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "log", "count"), [("llm", "tokens", 20), ("detokenizer", "audio", 2)])
+async def test_another_worker_goes_on_when_one_dies(house, name, log, count):
+    workers = house.start_fakes(STEADY)
+    turn, given = new_turn(heard(0)), input_log((0, sound(20)))
+    await house.ask(turn, given)
+    await house.until(turn.id, log, count)
+    stage = workers[name]._bench.stage
+    await house.kill(workers[name])
+    house.start(stage)
+    head = await house.ended(turn.id)
+    assert head.state == "done"
+    assert head.stages[name].take_overs == 1
+    assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+
+
+async def test_another_tokenizer_goes_on_in_the_middle_of_the_clips(house):
+    slow = FakeTokenizer(FakeTiming(clip_seconds=0.1))
+    dying = house.start(slow)
+    turn, given = new_turn(heard(0), heard(1)), input_log((0, sound(30)), (1, sound(20)))
+    await house.ask(turn, given)
+    await house.until(turn.id, "encoded", 2)
+    await house.kill(dying)
+    house.start_fakes(QUICK)
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+
+
+async def test_a_worker_that_was_frozen_cannot_write_any_more(house):
+    zombie = house.start(FakeLanguageModel(STEADY))
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 5)
+
+    async def silent():
+        await asyncio.Event().wait()
+
+    zombie._heartbeat = silent
+    zombie._recover = silent
+    house.start(FakeLanguageModel(FakeTiming(steps=60, step_seconds=0.03)))
+    zombie._bench.stage.timing = FakeTiming(steps=60, step_seconds=0.03)
+    slow = new_turn(route=[LLM])
+    head = await house.ended(turn.id)
+    assert head.state == "done"
+    assert await house.logs(turn.id) == await computed(turn, [], QUICK)
+    await house.ask(slow)
+    assert (await house.ended(slow.id)).state == "done"
+    await eventually(lambda: all(worker._rows.used == 0 for worker in house.running))
+
+
+async def test_a_worker_that_left_hands_its_turns_over(house):
+    leaving = house.start(FakeLanguageModel(FakeTiming(steps=60, step_seconds=0.02)))
+    house.start(FakeDetokenizer(QUICK))
+    turn = new_turn(route=ROUTE[1:])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 5)
+    await house.leave(leaving, 0)
+    log = await house.journal.read(turn.id, "tokens")
+    assert not log[-1].final
+    house.start(FakeLanguageModel(QUICK))
+    head = await house.ended(turn.id)
+    assert (head.state, head.stages["llm"].take_overs) == ("done", 1)
+    assert await house.logs(turn.id) == await computed(turn, [], QUICK)
+
+
+async def test_draining_lets_turns_end_and_claims_no_more(house):
+    leaving = house.start(FakeLanguageModel(FakeTiming(steps=40, step_seconds=0.005)))
+    first, second = new_turn(route=[LLM]), new_turn(route=[LLM])
+    await house.ask(first)
+    await house.until(first.id, "tokens", 1)
+    drained = asyncio.create_task(house.leave(leaving, 5))
+    await asyncio.sleep(0.01)
+    await house.ask(second)
+    await drained
+    assert (await house.journal.head(first.id)).state == "done"
+    assert (await house.journal.head(second.id)).stages["llm"].claimed == 0
+
+
+async def test_an_idle_worker_leaves_at_once_and_without_a_trace(house, wire):
+    worker = house.start(FakeLanguageModel(QUICK))
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.ended(turn.id)
+    before = asyncio.all_tasks()
+    await house.leave(worker, 5)
+    assert asyncio.all_tasks() < before
+    for stream in keys.CLASSES:
+        assert await wire.journal.xinfo_consumers(keys.jobs("{0}", "llm", stream), keys.GROUP) == []
+
+
+# ---- cancelling -------------------------------------------------------------------------------------------------
+
+
+class Stuck(FakeLanguageModel):
+    """Gives one step and then waits for ever; knows when it was closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.closed = 0
+
+    async def run(self, turn, inbox, published=()):
+        try:
+            yield Chunk(index=0)
+            await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+
+async def test_cancel_frees_the_rows_at_once(house):
+    stuck = Stuck()
+    workers = [house.start(stuck), house.start(FakeDetokenizer(QUICK))]
+    turn = new_turn(route=ROUTE[1:])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 1)
+    await eventually(lambda: all(worker._rows.used == 1 for worker in workers))
+    assert await house.journal.cancel(turn.id)
+    await eventually(lambda: all(worker._rows.used == 0 for worker in workers))
+    assert stuck.closed == 1
+    assert (await house.journal.head(turn.id)).state == "cancelled"
+
+
+async def test_a_stage_that_never_waits_is_stopped_by_what_it_publishes(house, monkeypatch):
+    worker = house.start(FakeLanguageModel(FakeTiming(steps=1_000_000)))
+    monkeypatch.setattr("kimia.runtime.attempt.Attempt._watch", lambda self, feed: asyncio.Event().wait())
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 1)
+    await house.journal.cancel(turn.id)
+    await eventually(lambda: worker._rows.used == 0)
+
+
+async def test_a_deleted_session_ends_its_turns(house):
+    from kimia.v1.session_pb2 import SessionRecord
+
+    stuck = Stuck()
+    worker = house.start(stuck)
+    turn = new_turn(route=[LLM])
+    await house.journal.save_session(SessionRecord(id=turn.session_id, turn_ids=[turn.id]), 0)
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 1)
+    await house.journal.delete_session(turn.session_id)
+    await eventually(lambda: worker._rows.used == 0)
+    assert stuck.closed == 1
+
+
+# ---- failures ---------------------------------------------------------------------------------------------------
+
+
+class Failing(FakeLanguageModel):
+    """Raises after two steps, so many times in all."""
+
+    def __init__(self, error, times=10**6):
+        super().__init__(QUICK)
+        self.error = error
+        self.times = times
+        self.runs = 0
+
+    async def run(self, turn, inbox, published=()):
+        self.runs += 1
+        async for chunk in super().run(turn, inbox, published):
+            if chunk.index >= 2 and self.times:
+                self.times -= 1
+                raise self.error
+            yield chunk
+
+
+async def test_an_error_of_the_stage_ends_the_turn_with_its_reason(house):
+    failing = Failing(AudioError("message 0: no sound"))
+    worker = house.start(failing)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    head = await house.ended(turn.id)
+    assert (head.state, head.failure.reason) == ("error", "INVALID_AUDIO")
+    assert failing.runs == 1
+    await eventually(lambda: worker._rows.used == 0)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), UnavailableError("Triton is away")], ids=["bug", "outage"])
+async def test_one_failure_does_not_end_a_turn(house, error):
+    failing = Failing(error, times=2)
+    house.start(failing)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    assert (await house.ended(turn.id)).state == "done"
+    assert failing.runs == 3
+    assert await house.logs(turn.id) == await computed(turn, [], QUICK)
+
+
+async def test_a_turn_that_fails_every_worker_is_given_up(house, wire):
+    failing = Failing(ValueError("a bug"))
+    worker = house.start(failing)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    head = await house.ended(turn.id)
+    assert (head.state, head.failure.reason) == ("error", "GAVE_UP")
+    assert failing.runs == 1 + wire.options.max_deliveries  # the first run made progress
+    assert await wire.journal.xlen(keys.dlq("{0}", "llm")) == 1
+    await eventually(lambda: worker._rows.used == 0)
+
+
+class Unfinished(FakeLanguageModel):
+    async def run(self, turn, inbox, published=()):
+        yield Chunk(index=0)
+
+
+async def test_a_stage_that_ends_too_early_is_an_error(house):
+    house.start(Unfinished())
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    head = await house.ended(turn.id)
+    assert (head.state, head.failure.reason) == ("error", "INTERNAL")
+
+
+async def test_sound_that_is_not_there_is_told(house):
+    house.start_fakes(QUICK)
+    turn = new_turn(heard(0, source_turn="gone.t", source_number=3))
+    await house.ask(turn)
+    head = await house.ended(turn.id)
+    assert (head.failure.reason, head.failure.field) == ("NOT_FOUND", "messages[0]")
+
+
+async def test_a_loop_survives_what_nobody_expected(house, monkeypatch):
+    worker = house.start(FakeLanguageModel(QUICK))
+    sweep, calls = worker._jobs.sweep, []
+
+    async def failing_once(count):
+        calls.append(count)
+        if len(calls) == 1:
+            raise ValueError("a bug")
+        return await sweep(count)
+
+    monkeypatch.setattr(worker._jobs, "sweep", failing_once)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    assert (await house.ended(turn.id)).state == "done"
+
+
+async def test_a_lost_journal_is_waited_out(house, wire):
+    house.start_fakes(STEADY)
+    turn, given = new_turn(heard(0)), input_log((0, sound(20)))
+    await house.ask(turn, given)
+    for count in (5, 20, 35):
+        await house.until(turn.id, "tokens", count)
+        await wire.journal.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+
+
+async def test_a_journal_that_lost_writes_gets_them_again(house, wire):
+    """As after a fail-over: the log and the head have fallen back."""
+    house.start(FakeLanguageModel(FakeTiming(steps=60, step_seconds=0.01)))
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 20)
+    head, log = keys.head("{0}", turn.id), keys.log("{0}", turn.id, "tokens")
+    async with wire.journal.pipeline(transaction=True) as pipe:
+        pipe.delete(log)
+        for chunk in (await house.journal.read(turn.id, "tokens"))[:7]:
+            pipe.xadd(log, {"c": chunk.SerializeToString()}, id=f"{chunk.index + 1}-0")
+        pipe.hset(head, "tokens:next", 7)
+        await pipe.execute()
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.logs(turn.id) == await computed(turn, [], QUICK)
+
+
+# ---- history and lost blobs -------------------------------------------------------------------------------------
+
+
+async def with_history(house):
+    """A finished first turn, and a second whose first message is the sound of the first."""
+    first, given = new_turn(heard(0)), input_log((0, sound(30)))
+    await house.ask(first, given)
+    await house.ended(first.id)
+    encoded = [chunk.encoded for chunk in await house.journal.read(first.id, "encoded")]
+    past = heard(
+        0,
+        source_turn=first.id,
+        source_number=0,
+        codes=[code for e in encoded for code in e.codes],
+        feature_keys=[e.feature_key for e in encoded],
+    )
+    return past, [e.feature_key for e in encoded]
+
+
+def spoken(number, *codes):
+    message = Message(spoken=Spoken())
+    message.spoken.clip.number = number
+    message.spoken.clip.codes.extend(codes)
+    return message
+
+
+async def one_go(past, *others):
+    """The tokens of a turn whose clips all are new."""
+    fresh = heard(0)
+    clips = input_log((0, sound(30)), *((m.audio.number, sound(8, m.audio.number)) for m in others))
+    return (await computed(new_turn(fresh, *others), clips, QUICK))["tokens"]
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["there", "lost"])
+async def test_history_is_read_by_its_blobs_or_encoded_again(house, wire, lost):
+    house.start_fakes(QUICK)
+    past, blobs = await with_history(house)
+    if lost:
+        await wire.blobs.delete(blobs[1])
+    turn = new_turn(past, heard(1))
+    await house.ask(turn, input_log((1, sound(8, 1))))
+    assert (await house.ended(turn.id)).state == "done"
+    assert [content(c) for c in await house.journal.read(turn.id, "tokens")] == await one_go(past, heard(1))
+    encoded = await house.journal.read(turn.id, "encoded")
+    assert [(c.index, c.encoded.clip, c.final) for c in encoded] == [(0, 1, True)]
+    assert await wire.blobs.exists(*blobs) == len(blobs)
+
+
+async def test_history_alone_is_encoded_again_though_the_tokenizer_is_not_on_the_route(house, wire):
+    house.start_fakes(QUICK)
+    past, blobs = await with_history(house)
+    await wire.blobs.delete(*blobs)
+    turn = new_turn(past, spoken(1, 4, 5), route=[LLM])
+    await house.ask(turn)
+    assert (await house.ended(turn.id)).state == "done"
+    expected = await one_go(past)
+    assert [c.step.audio_id for c in await house.journal.read(turn.id, "tokens")] == [c.step.audio_id for c in expected]
+    assert await wire.blobs.exists(*blobs) == len(blobs)
+
+
+async def test_own_features_that_are_gone_are_made_again(house, wire):
+    """The blobs vanish between the stages."""
+    house.start(FakeTokenizer(QUICK))
+    turn, given = new_turn(heard(0), route=ROUTE[:2]), input_log((0, sound(30)))
+    await house.ask(turn, given)
+    await house.until(turn.id, "encoded", 3)
+    first = await house.journal.read(turn.id, "encoded")
+    await wire.blobs.delete(*(c.encoded.feature_key for c in first))
+    house.start(FakeLanguageModel(QUICK))
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.journal.read(turn.id, "encoded") == first
+    assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+
+
+async def test_without_a_blob_store_features_travel_in_the_log(house, monkeypatch):
+    async def put(self, key, data):
+        raise UnavailableError("no blobs today")
+
+    monkeypatch.setattr("kimia.streams.blobs.Blobs.put", put)
+    house.start_fakes(QUICK)
+    turn, given = new_turn(heard(0)), input_log((0, sound(30)))
+    await house.ask(turn, given)
+    assert (await house.ended(turn.id)).state == "done"
+    assert all(c.encoded.features for c in await house.journal.read(turn.id, "encoded"))
+    assert await house.logs(turn.id) == await computed(turn, given, QUICK)
