@@ -103,7 +103,7 @@ class Wire:
         if missing is not None:
             # The server has lost its scripts. What came after the first gap in the order is said again as well:
             # every script gives the same answer, or `duplicate`, when it is called twice.
-            await self._load(script)
+            await self._load([script])
             answers[missing:] = await self._pipelined(script, calls[missing:])
         for answer in answers:
             if isinstance(answer, RedisError):
@@ -127,20 +127,29 @@ class Wire:
                 return await pipe.execute(raise_on_error=False)
 
     async def _greet(self) -> None:
-        with reached("journal"):
-            await execute(self.journal, "PING")
+        await self._load(script_names())
         with reached("blob store"):
             await execute(self.blobs, "PING")
 
-    async def _load(self, script: str) -> None:
+    async def _load(self, scripts: Sequence[str]) -> None:
         with reached("journal"):
-            await execute(self.journal, "SCRIPT", "LOAD", script_text(script)[0])
+            async with self.journal.pipeline(transaction=False) as pipe:
+                for script in scripts:
+                    pipe.script_load(script_text(script)[0])
+                await pipe.execute()
 
 
 async def execute(client: redis.Redis, *words: Argument) -> Any:
     """One command with its answer as the server gives it."""
     send: Callable[..., Awaitable[Any]] = client.execute_command
     return await send(*words)
+
+
+@cache
+def script_names() -> tuple[str, ...]:
+    """All scripts."""
+    files = (resources.files("kimia.streams") / "lua").iterdir()
+    return tuple(sorted(file.name.removesuffix(".lua") for file in files if file.name != "prelude.lua"))
 
 
 @cache

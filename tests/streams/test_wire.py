@@ -5,7 +5,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from kimia.errors import UnavailableError
-from kimia.streams.wire import Wire, WireOptions, reached, script_text
+from kimia.streams.wire import Wire, WireOptions, reached, script_names, script_text
 
 pytestmark = pytest.mark.unit
 
@@ -14,6 +14,22 @@ async def test_a_wire_reaches_both_kinds_of_server(journal_url):
     wire = await Wire.connect(journal_url)
     assert await wire.journal.ping()
     assert wire.blobs is wire.journal
+    await wire.aclose()
+
+
+async def test_connecting_loads_every_script(journal_url):
+    wire = await Wire.connect(journal_url)
+    digests = [script_text(name)[1] for name in script_names()]
+    assert await wire.journal.script_exists(*digests) == [True] * len(digests)
+    await wire.aclose()
+
+
+async def test_a_script_that_the_server_has_lost_is_sent_again(journal_url):
+    wire = await Wire.connect(journal_url)
+    await wire.journal.script_flush()
+    assert await wire.call("depth", ["{0}:jobs:llm:batch"], []) == [0, 0]
+    await wire.journal.script_flush()
+    assert await wire.call_many("depth", [(["{0}:jobs:llm:batch"], [])] * 3) == [[0, 0]] * 3
     await wire.aclose()
 
 
