@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model
+from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model, replayed
 from kimia.errors import AudioError, CheckpointError, ParameterError
 from kimia.runtime.settings import Settings
 from kimia.v1.turn_pb2 import (
@@ -14,6 +14,7 @@ from kimia.v1.turn_pb2 import (
     FEATURE_TYPE_F16,
     FEATURE_TYPE_F32,
     FEATURE_TYPE_UNSPECIFIED,
+    Chunk,
 )
 
 pytestmark = pytest.mark.unit
@@ -136,6 +137,11 @@ def test_a_wrong_device_or_model_is_told(tiny, tmp_path) -> None:
         open_model(Settings(model=str(tiny), device="gpu"))
     with pytest.raises(CheckpointError):
         open_model(Settings(model=str(tmp_path / "nowhere")))
+
+
+async def test_a_log_is_replayed_in_its_order() -> None:
+    log = [Chunk(index=index) for index in range(3)]
+    assert [chunk async for chunk in replayed(*log)] == log
 
 
 def test_a_log_that_is_cut_off_is_named() -> None:

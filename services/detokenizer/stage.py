@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-from kimia.compute import ComputeThread, cut_off, open_model
+from kimia.compute import ComputeThread, cut_off, open_model, replayed
 from kimia.errors import ParameterError
 from kimia.model.chunking import ChunkPlanner, Push
 from kimia.model.detokenize import Detokenizer
@@ -40,7 +40,7 @@ class DetokenizerStage:
         """Speak for a second."""
         codes = [Chunk(index=index, step=Step(code=0)) for index in range(WARM_UP_CODES)]
         codes[-1].final = True
-        async for _ in self.run(Turn(), _replayed(codes)):
+        async for _ in self.run(Turn(), replayed(*codes)):
             pass
 
     async def run(
@@ -98,8 +98,3 @@ class Codes:
             raise ParameterError(f"semantic token {self.count} is {code}, legal ids are 0..{self._legal - 1}")
         self.count += 1
         return code
-
-
-async def _replayed(chunks: Sequence[Chunk]) -> AsyncIterator[Chunk]:
-    for chunk in chunks:
-        yield chunk

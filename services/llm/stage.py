@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from kimia.compute import ComputeThread, open_model
+from kimia.compute import ComputeThread, open_model, replayed
 from kimia.errors import ParameterError
 from kimia.model.conversation import Message
 from kimia.model.generate import GenerateOptions, Step, TrackTokens, generate
@@ -69,7 +69,7 @@ class LanguageModelStage:
         turn = Turn()
         turn.messages.add(role=conversation_pb2.ROLE_USER).text.text = "Hello"
         turn.options.max_new_tokens = self.tokens.delay + WARM_UP_STEPS
-        async for _ in self.run(turn, _nothing()):
+        async for _ in self.run(turn, replayed()):
             pass
 
     async def run(
@@ -154,8 +154,3 @@ def _report(seconds: float, fitted: Fitted, last: Step) -> StageReport:
         dropped_messages=fitted.dropped,
         units=last.index + 1,
     )
-
-
-async def _nothing() -> AsyncIterator[Chunk]:
-    return
-    yield
