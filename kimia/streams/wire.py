@@ -12,7 +12,7 @@ from typing import Any, Self, TypeAlias
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -79,9 +79,13 @@ class Wire:
         return all_partitions(self.options.partitions)
 
     def blocking(self) -> redis.Redis:
-        """A client of its own for one blocked read at a time, without a timeout. Closed by `aclose`."""
+        """A client of its own for one blocked read at a time, without a timeout. Closed by `aclose`.
+
+        It does not repeat a read whose connection was lost: the reader must hear of it, since it may have missed
+        something.
+        """
         old = self.journal.connection_pool
-        options = {**old.connection_kwargs, "socket_timeout": None}
+        options = {**old.connection_kwargs, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
         pool = redis.ConnectionPool(connection_class=old.connection_class, **options)
         client = redis.Redis.from_pool(pool)
         self._blocking.append(client)

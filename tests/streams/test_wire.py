@@ -1,5 +1,7 @@
 """Connections and scripts."""
 
+import asyncio
+
 import pytest
 import redis
 from redis.exceptions import NoScriptError
@@ -58,6 +60,25 @@ async def test_a_blocking_client_has_no_timeout(valkey_url):
     assert client is not wire.journal
     assert client.connection_pool.connection_kwargs["socket_timeout"] is None
     assert await client.xread({"nothing": "0"}, block=1) == []
+    await wire.aclose()
+
+
+async def test_who_reads_blocked_hears_of_a_lost_connection(valkey_url):
+    wire = await Wire.connect(valkey_url)
+    client = wire.blocking()
+    reading = asyncio.create_task(client.xread({"nothing": "0"}, block=60_000))
+    while not any(c["cmd"] == "xread" for c in await wire.journal.client_list()):
+        pass
+    await wire.journal.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    with pytest.raises(redis.ConnectionError):
+        await reading
+    await wire.aclose()
+
+
+async def test_a_call_survives_a_connection_that_was_dropped(valkey_url):
+    wire = await Wire.connect(valkey_url)
+    await wire.journal.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "no")
+    assert await wire.call("depth", ["{0}:jobs:llm:batch"], []) == [0, 0]
     await wire.aclose()
 
 
