@@ -41,12 +41,15 @@ test: $(STAMP)  ## the tests, as continuous integration runs them
 e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of packages the first time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e tests/e2e
 
-check: $(STAMP)  ## format, lint, types, import rules, dead code
+check: $(STAMP)  ## format, lint, types, import rules, dead code, the contract
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/released.binpb
+	$(BIN)/python -m pytest -q tests/test_contract.py
 
 proto: $(STAMP)  ## generate kimia/v1 from proto/kimia/v1
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=quiet:. proto/kimia/v1/*.proto
