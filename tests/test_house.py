@@ -33,7 +33,7 @@ def name(module: Path) -> str:
 
 
 def mirror_of(module: Path) -> Path:
-    """kimia/streams/jobs.py -> tests/streams/test_jobs.py, services/llm/stage.py -> tests/services/llm/test_stage.py."""
+    """Its test file: tests/streams/test_jobs.py of kimia/streams/jobs.py, tests/services/x of services/x."""
     relative = module.relative_to(ROOT / "kimia" if module.is_relative_to(ROOT / "kimia") else ROOT)
     return ROOT / "tests" / relative.parent / f"test_{relative.name}"
 
