@@ -35,6 +35,12 @@ class Admission:
         reservation.keep()
         return reservation
 
+    def resumed(self, session_id: str, tenant: str) -> Reservation:
+        """Renew what the session still holds; where that has ended, its turn runs all the same."""
+        reservation = Reservation(self, session_id, tenant, ())
+        reservation.keep()
+        return reservation
+
     async def reserve(self, session_id: str, tenant: str, route: Sequence[StageKind]) -> None:
         """Reserve for one window, or renew and extend what there is. Raises CapacityError."""
         await self.ledger.reserve(session_id, tenant, route, self.window, self._limit)
@@ -76,7 +82,8 @@ class Reservation:
         while True:
             await asyncio.sleep(self._admission.window / RENEWALS)
             try:
-                if not await self._admission.ledger.renew(self._session_id, self._admission.window):
+                held = await self._admission.ledger.renew(self._session_id, self._admission.window)
+                if not held and self._route:
                     await self.reserve()
             except (CapacityError, UnavailableError) as error:
                 log.warning("reservation not renewed", session=self._session_id, reason=error.reason)

@@ -9,7 +9,9 @@ from typing import TypeVar
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kimia.errors import NotFoundError, StateError, UnavailableError
+from kimia.streams import keys
 from kimia.streams.journal import Journal
+from kimia.streams.wire import Wire, reached
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import Caller
 
@@ -36,7 +38,8 @@ async def patiently(call: Callable[[], Awaitable[T]], patience: float = PATIENCE
 class Records:
     """The sessions of all tenants; nobody sees those of another."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, wire: Wire, journal: Journal) -> None:
+        self._wire = wire
         self._journal = journal
 
     async def load(self, session_id: str, tenant: str) -> SessionRecord:
@@ -47,6 +50,12 @@ class Records:
                 f"no session {session_id}: it has expired or was deleted; begin one", field="session_id"
             )
         return record
+
+    async def life(self, session_id: str) -> int:
+        """Milliseconds until a session is forgotten unless it goes on."""
+        key = keys.session(keys.partition_of(session_id, self._wire.options.partitions), session_id)
+        with reached("journal"):
+            return max(int(await self._wire.journal.pttl(key)), 0)
 
     async def begin(self, session_id: str, caller: Caller, *, one_off: bool = False) -> tuple[SessionRecord, bool]:
         """A session of this tenant, and whether it is new. Raises NotFoundError for another's, or a deleted one."""

@@ -20,6 +20,7 @@ from kimia.streams import keys
 from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Inbox
 from kimia.streams.journal import Head, Journal
+from kimia.streams.wire import Wire
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, Message, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_INTERACTIVE, Caller, Chunk, InputAudio, JobClass, StageReport, Turn
@@ -143,15 +144,15 @@ class Settled:
 class Turns:
     """Starts, follows and settles turns."""
 
-    def __init__(self, journal: Journal, inbox: Inbox, blobs: Blobs) -> None:
-        self.journal = journal
+    def __init__(self, wire: Wire, inbox: Inbox) -> None:
+        self.journal = Journal(wire)
         self.inbox = inbox
-        self.blobs = blobs
-        self.records = Records(journal)
+        self.blobs = Blobs(wire)
+        self.records = Records(wire, self.journal)
 
-    async def open(self, session_id: str, caller: Caller) -> OpenInput:
+    async def open(self, session_id: str, caller: Caller, turn_id: str = "") -> OpenInput:
         """A new turn of the session, ready for input. Raises NotFoundError for a deleted session."""
-        turn = Turn(id=keys.new_turn_id(session_id), session_id=session_id, caller=caller)
+        turn = Turn(id=turn_id or keys.new_turn_id(session_id), session_id=session_id, caller=caller)
         opened = await patiently(lambda: self.journal.open_turn(turn, self.inbox.owner))
         return OpenInput(opened.turn_id, opened.token)
 
@@ -167,12 +168,16 @@ class Turns:
             await patiently(lambda some=some: self.journal.append_input(opened.turn_id, opened.token, some))  # type: ignore[misc]
 
     async def start(
-        self, opened: OpenInput, wanted: Wanted, also: Callable[[SessionRecord], None] | None = None
+        self,
+        opened: OpenInput,
+        wanted: Wanted,
+        also: Callable[[SessionRecord], None] | None = None,
+        last: Sequence[Chunk] = (),
     ) -> Turn | str:
         """Let the turn be answered; the turn, or the id of the one that the same idempotency key has started.
 
-        Its input must be complete. `also` changes the session in the same write. Raises StateError when the session's
-        last turn is still running, ConversationError, NotFoundError.
+        Its input must be complete but for `last`. `also` changes the session in the same write. Raises StateError when
+        the session's last turn is still running, ConversationError, NotFoundError.
         """
         session_id = keys.session_of(opened.turn_id)
         record = await self.refreshed(session_id, wanted.caller.tenant)
@@ -196,12 +201,13 @@ class Turns:
 
         turn = await self.records.change(session_id, claim)
         if isinstance(turn, Turn):
-            await self._submit(turn, opened.token)
+            await self._submit(turn, opened, last)
         return turn
 
-    async def _submit(self, turn: Turn, token: int) -> None:
+    async def _submit(self, turn: Turn, opened: OpenInput, last: Sequence[Chunk]) -> None:
         try:
-            await patiently(lambda: self.journal.submit(turn, token))
+            await self.append(opened, last)
+            await patiently(lambda: self.journal.submit(turn, opened.token))
         except KimiaError:
             await self.records.change(turn.session_id, lambda record: _end(record, turn.id))
             raise

@@ -1,0 +1,430 @@
+"""One Converse call: drives the state machine of `orchestrator.session`, carries its actions out, tells what comes.
+
+Messages are taken one at a time, each with all its actions, under one lock; the end of a turn is settled under the same
+lock. What goes to the client passes one bounded queue, so a slow client slows its own turn's reader and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kimia.errors import NotFoundError, RequestError, UnavailableError
+from kimia.runtime.logs import get_logger
+from kimia.stage import DETOKENIZER, LLM, TOKENIZER, StageKind
+from kimia.streams import keys
+from kimia.streams.journal import Head
+from kimia.v1.audio_pb2 import AudioFormat
+from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT, Message, TurnOptions
+from kimia.v1.kimi_audio_pb2 import CallConfig, ConverseRequest, ConverseResponse, TurnEvent
+from kimia.v1.session_pb2 import SessionRecord
+from kimia.v1.turn_pb2 import Caller, Chunk, InputAudio
+from orchestrator.admission import Reservation
+from orchestrator.checks import checked_caller
+from orchestrator.desk import Desk
+from orchestrator.following import Following, Position
+from orchestrator.memory import clips_of
+from orchestrator.outcome import cancelled_event, count, last_event
+from orchestrator.records import patiently
+from orchestrator.session import (
+    Action,
+    AppendAudio,
+    CancelTurn,
+    ClearInput,
+    CutAnswer,
+    Fail,
+    FollowTurn,
+    OpenSession,
+    OpenTurn,
+    Reply,
+    SayTurn,
+    Session,
+    SessionView,
+    SubmitTurn,
+)
+from orchestrator.sound import output_format
+from orchestrator.turn import OpenInput, Turns, Wanted, separated
+
+QUEUED_RESPONSES = 16  # between the readers of a turn and a slow client
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The caller's input that the journal holds for the next turn."""
+
+    messages: tuple[Message, ...] = ()
+    next_audio_index: int = 0
+    next_chunk: int = 0  # of the input log
+    bytes: int = 0
+
+
+class Call:
+    """One connection of a session. `responses` is all there is to run."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._turns = desk.turns
+        self._admission = desk.admission
+        self._limits = desk.limits
+        self._machine = Session(desk.limits.input_bytes)
+        self._lock = asyncio.Lock()
+        self._queue: asyncio.Queue[ConverseResponse | Exception | None] = asyncio.Queue(QUEUED_RESPONSES)
+        self._followed: dict[str, tuple[Following, asyncio.Task[None]]] = {}
+        self._reservation: Reservation | None = None
+        self._caller = Caller()
+        self._session_id = ""
+        self._input: OpenInput | None = None
+        self._next_chunk = 0
+        self._finished = False
+        self._retiring = False
+        self._leaving: asyncio.Task[None] | None = None
+
+    def retire(self) -> None:
+        """End the call as soon as no turn is told: its client comes back, to another process."""
+        self._retiring = True
+        self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        if self._retiring and not self._followed and not self._lock.locked() and self._leaving is None:
+            error = UnavailableError("this process is stopping; connect again, nothing is lost", retry_after=0.0)
+            self._leaving = asyncio.create_task(self._queue.put(error))
+
+    async def responses(self, requests: AsyncIterator[ConverseRequest]) -> AsyncGenerator[ConverseResponse]:
+        """Everything that the client is told, until it has said all and every turn has ended. Raises KimiaError."""
+        reading = asyncio.create_task(self._read(requests))
+        try:
+            while (item := await self._queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+            self._finished = True
+        finally:
+            await self._hang_up(reading)
+
+    async def _hang_up(self, reading: asyncio.Task[None]) -> None:
+        """The running turn goes on, and what was collected is kept; the client may come back."""
+        tasks = [reading, *(task for _, task in self._followed.values()), *filter(None, [self._leaving])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._reservation is None:
+            return
+        if self._finished:
+            await self._reservation.release()
+        else:
+            self._reservation.leave()
+            await self._note_heard()
+
+    async def _note_heard(self) -> None:
+        """Whoever goes on with the session knows how far the caller has heard."""
+        heard, running = self._machine.heard_ms, self._machine.running
+        if heard is None:
+            return
+
+        def edit(record: SessionRecord) -> None:
+            if record.running_turn_id == running:
+                record.heard_ms = max(record.heard_ms, heard)
+
+        try:
+            await self._turns.records.change(self._session_id, edit)
+        except NotFoundError:
+            log.info("session deleted during its call", session=self._session_id)
+
+    # ---- both directions ----
+
+    async def _read(self, requests: AsyncIterator[ConverseRequest]) -> None:
+        """The session's edge: what goes wrong here ends the call."""
+        try:
+            async for request in requests:
+                async with self._lock:
+                    await self._refresh(request)
+                    await self._perform(self._machine.receive(request))
+                self._leave_if_idle()
+            while self._followed:
+                await asyncio.wait([task for _, task in self._followed.values()])
+            await self._queue.put(None)
+        except Exception as error:  # noqa: BLE001 - raised again where the responses are made
+            await self._queue.put(error)
+
+    async def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            await self._perform(await self._outcome(action))
+
+    async def _outcome(self, action: Action) -> list[Action]:
+        """Carry one action out; what the machine says to what came of it."""
+        match action:
+            case Reply(response=response):
+                await self._queue.put(response)
+            case Fail(error=error):
+                raise error
+            case OpenSession(config=config):
+                return self._machine.opened(await self._open_session(config))
+            case OpenTurn():
+                self._input, self._next_chunk = await self._turns.open(self._session_id, self._caller), 0
+                return self._machine.turn_opened()
+            case AppendAudio():
+                await self._append(action)
+                return self._machine.stored(action.index)
+            case SubmitTurn() | SayTurn():
+                return await self._begin_turn(action)
+            case CancelTurn():
+                return await self._cancel(action)
+            case _:
+                await self._other(action)
+        return []
+
+    async def _other(self, action: Action) -> None:
+        match action:
+            case ClearInput():
+                await self._clear(action)
+            case CutAnswer(turn_id=turn_id, heard_ms=heard_ms):
+                left = await self._turns.cut(turn_id, heard_ms)
+                await self._tell(cancelled_event(turn_id, left))
+            case FollowTurn(turn_id=turn_id):
+                await self._follow(turn_id)
+
+    async def _tell(self, event: TurnEvent) -> None:
+        await self._queue.put(ConverseResponse(event=event))
+
+    # ---- the session ----
+
+    async def _open_session(self, config: CallConfig) -> SessionView:
+        self._caller = checked_caller(config.caller, "config.caller")
+        self._session_id = keys.check_session_id(config.session_id or keys.new_session_id())
+        route = route_of_call(config.options)
+        self._reservation = await self._admission.admit(self._session_id, self._caller.tenant, route)
+        record, new = await self._turns.records.begin(self._session_id, self._caller)
+        if config.messages and not new:
+            rule = f"belong to a new session; {self._session_id} has its own conversation"
+            raise RequestError(rule, field="config.messages")
+        if config.messages:
+            await self._store_history(config.messages)
+        else:
+            record = await self._turns.refreshed(self._session_id, self._caller.tenant)
+        await self._turns.records.change(self._session_id, lambda fresh: _configure(fresh, config))
+        return await self._view(record, output_format(config.options.output_format))
+
+    async def _store_history(self, messages: Sequence[Message]) -> None:
+        """What was said before the call; its sound lies in the input log of a turn that is never answered."""
+        opened = await self._turns.open(self._session_id, self._caller)
+        history, chunks = separated(opened.turn_id, messages)
+        await self._turns.append(opened, chunks)
+
+        def edit(record: SessionRecord) -> None:
+            if not record.messages:
+                record.messages.extend(history)
+
+        await self._turns.records.change(self._session_id, edit)
+
+    async def _view(self, record: SessionRecord, form: AudioFormat) -> SessionView:
+        collected = await self._reopened(record)
+        return SessionView(
+            session_id=self._session_id,
+            output_format=form,
+            next_audio_index=collected.next_audio_index,
+            open_turn_id=self._input.turn_id if self._input else "",
+            collected=collected.messages,
+            collected_bytes=collected.bytes,
+            running_turn_id=record.running_turn_id,
+            heard_ms=record.heard_ms or None,
+            last_turn_id=record.turn_ids[-1] if record.turn_ids and not record.running_turn_id else "",
+            keys=dict(record.turn_of_key),
+        )
+
+    async def _reopened(self, record: SessionRecord) -> Collected:
+        """Take over the turn that collects, if there is one."""
+        collected = await read_collected(self._turns, record)
+        if not record.open_turn_id:
+            return collected
+        try:
+            self._input = await self._turns.reopen(record.open_turn_id)
+        except NotFoundError:  # it has expired: its sound is lost, its indices are not used again
+            return Collected(next_audio_index=collected.next_audio_index)
+        self._next_chunk = collected.next_chunk
+        return collected
+
+    # ---- input ----
+
+    async def _append(self, action: AppendAudio) -> None:
+        opened = self._input
+        if opened is None:
+            raise RuntimeError("there is no open turn")
+        if action.collected is not None:
+            await self._remember_collected(opened.turn_id, action)
+        pieces = [] if action.ends is None else [InputAudio(clip=action.ends, clip_end=True)]
+        pieces.append(InputAudio(clip=action.clip, data=action.data))
+        chunks = [Chunk(index=self._next_chunk + at, input=piece) for at, piece in enumerate(pieces)]
+        await self._turns.append(opened, chunks)
+        self._next_chunk += len(chunks)
+
+    async def _remember_collected(self, turn_id: str, action: AppendAudio) -> None:
+        collected = sourced(turn_id, action.collected or ())
+
+        def edit(record: SessionRecord) -> None:
+            if record.open_turn_id != turn_id:
+                record.open_turn_id, record.next_audio_index = turn_id, action.index
+            del record.pending[:]
+            record.pending.extend(collected)
+
+        await self._turns.records.change(self._session_id, edit)
+
+    async def _clear(self, action: ClearInput) -> None:
+        opened, self._input = self._input, None
+        await self._turns.records.change(
+            self._session_id, lambda record: _take_collected(record, action.next_audio_index)
+        )
+        if opened is not None:
+            await patiently(lambda: self._turns.journal.cancel(opened.turn_id))
+
+    # ---- turns ----
+
+    async def _begin_turn(self, action: SubmitTurn | SayTurn) -> list[Action]:
+        opened = self._input if isinstance(action, SubmitTurn) else None
+        opened = opened or await self._turns.open(self._session_id, self._caller)
+        wanted = self._wanted(action, opened.turn_id)
+        if isinstance(action, SubmitTurn):
+            self._input = None
+            index, last = action.next_audio_index, []
+            if action.ends is not None:
+                end = InputAudio(clip=action.ends, clip_end=True)
+                last = [Chunk(index=self._next_chunk, final=True, input=end)]
+            started = await self._turns.start(opened, wanted, lambda record: _take_collected(record, index), last)
+        else:
+            started = await self._turns.start(opened, wanted)
+        turn_id = started if isinstance(started, str) else started.id
+        told = self._machine.submitted(turn_id)
+        await self._follow(turn_id)
+        return told
+
+    def _wanted(self, action: SubmitTurn | SayTurn, turn_id: str) -> Wanted:
+        return Wanted(
+            caller=self._caller,
+            asked=sourced(turn_id, action.collected) if isinstance(action, SubmitTurn) else (),
+            options=action.options,
+            seconds=self._limits.turn_seconds,
+            say=action.text if isinstance(action, SayTurn) else None,
+            key=action.idempotency_key,
+        )
+
+    async def _follow(self, turn_id: str) -> None:
+        """Tell a turn from its beginning, unless it is being told."""
+        if turn_id not in self._followed:
+            following = await self._turns.follow(turn_id, self._caller.tenant, Position())
+            self._followed[turn_id] = following, asyncio.create_task(self._told(following))
+
+    async def _told(self, following: Following) -> None:
+        """One turn's events up to its end. The session's edge, as `_read` is."""
+        turn_id = following.turn.id
+        try:
+            with following:
+                async with aclosing(following.events()) as events:
+                    async for event in events:
+                        await self._tell(event)
+                head = await following.feed.ended()
+                async with self._lock:
+                    await self._end(following, head)
+        except Exception as error:  # noqa: BLE001 - raised again where the responses are made
+            await self._queue.put(error)
+        finally:
+            self._followed.pop(turn_id, None)
+            self._leave_if_idle()
+
+    async def _end(self, following: Following, head: Head) -> None:
+        settled = await self._turns.settle(head, tokens=following.tokens if following.whole else None)
+        following.reports.update(settled.reports)
+        if head.turn.id == self._machine.running:
+            count(following, head)
+        await self._perform(self._machine.ended(head.turn.id))
+        await self._tell(last_event(following, head, settled.codes))
+
+    async def _cancel(self, action: CancelTurn) -> list[Action]:
+        """Barge-in: the rows are freed first, then the answer is cut to what was heard."""
+        turn_id, heard = action.turn_id, action.heard_ms
+        following = await self._stop_following(turn_id)
+        if following is not None:
+            heard = following.sent_ms if heard is None else min(heard, following.sent_ms)
+        await patiently(lambda: self._turns.journal.cancel(turn_id))
+        head = await patiently(lambda: self._turns.journal.head(turn_id))
+        settled = await self._turns.settle(head, heard)
+        if head.state == "error":
+            await self._tell(TurnEvent(turn_id=turn_id, failed=head.failure))
+        else:
+            await self._tell(cancelled_event(turn_id, settled.codes))
+        return self._machine.ended(turn_id)
+
+    async def _stop_following(self, turn_id: str) -> Following | None:
+        """Tell nothing more of a turn; how far it was told, if it was."""
+        if turn_id not in self._followed:
+            return None
+        following, task = self._followed[turn_id]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        following.feed.close()  # a task that is cancelled before it began closes nothing
+        self._followed.pop(turn_id, None)
+        return following
+
+    async def _refresh(self, request: ConverseRequest) -> None:
+        """A turn of an earlier call is not followed here: see whether it has ended, before that matters."""
+        running = self._machine.running
+        if not running or running in self._followed or request.WhichOneof("content") not in ("commit", "say", "cancel"):
+            return
+        record = await self._turns.refreshed(self._session_id, self._caller.tenant)
+        if record.running_turn_id != running:
+            self._machine.ended(running)
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def route_of_call(options: TurnOptions) -> tuple[StageKind, ...]:
+    """The stages that turns of a call may pass."""
+    return (TOKENIZER, LLM) if options.output_type == OUTPUT_TYPE_TEXT else (TOKENIZER, LLM, DETOKENIZER)
+
+
+async def read_collected(turns: Turns, record: SessionRecord) -> Collected:
+    """What a session has collected for its next turn, as the input log says it.
+
+    A clip of which nothing was stored, and text after the last sound, were never confirmed to the client.
+    """
+    log_ = []
+    if record.open_turn_id:
+        log_ = await patiently(lambda: turns.journal.read(record.open_turn_id, "input"))
+    stored = {chunk.input.clip for chunk in log_ if chunk.input.data}
+    messages = [
+        message for message in record.pending if not message.HasField("audio") or message.audio.number in stored
+    ]
+    while messages and not messages[-1].HasField("audio"):
+        messages.pop()
+    return Collected(
+        messages=tuple(messages),
+        next_audio_index=record.next_audio_index + sum(bool(chunk.input.data) for chunk in log_),
+        next_chunk=len(log_),
+        bytes=sum(len(chunk.input.data) for chunk in log_),
+    )
+
+
+def sourced(turn_id: str, messages: Sequence[Message]) -> list[Message]:
+    """Messages whose sound lies in this turn's input log."""
+    copies = []
+    for message in messages:
+        copy = Message()
+        copy.CopyFrom(message)
+        for clip in clips_of([copy]):
+            clip.source_turn = turn_id
+        copies.append(copy)
+    return copies
+
+
+def _configure(record: SessionRecord, config: CallConfig) -> None:
+    record.input_format.CopyFrom(config.input_format)
+    record.options.CopyFrom(config.options)
+
+
+def _take_collected(record: SessionRecord, next_audio_index: int) -> None:
+    """What was collected belongs to a turn now, or is given up."""
+    record.open_turn_id = ""
+    record.next_audio_index = next_audio_index
+    del record.pending[:]

@@ -1,0 +1,101 @@
+"""What the calls of one process share: turns, admission, limits, and what is to be done after a call has ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from kimia.errors import KimiaError, NotFoundError
+from kimia.runtime.logs import get_logger
+from kimia.v1.kimi_audio_pb2 import TurnEvent
+from orchestrator.admission import Admission
+from orchestrator.following import Following
+from orchestrator.outcome import count, last_event
+from orchestrator.records import patiently
+from orchestrator.turn import Turns
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may ask for."""
+
+    turn_seconds: float = 120.0  # for a turn whose caller sets no deadline
+    input_bytes: int = 32 << 20  # of sound that is not committed
+
+
+class Desk:
+    """One process's turns and calls."""
+
+    def __init__(self, turns: Turns, admission: Admission, limits: Limits) -> None:
+        self.turns = turns
+        self.admission = admission
+        self.limits = limits
+        self._followers: Counter[str] = Counter()
+        self._background: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
+
+    async def aclose(self) -> None:
+        """Do what is still to be done, at once."""
+        self._closing.set()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something after the call that asks for it, whose task may be cancelled."""
+        task = asyncio.create_task(_logged(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def told(self, following: Following) -> AsyncGenerator[TurnEvent]:
+        """All events of a turn that its client lacks; the turn is settled before the last one is given."""
+        turn_id = following.turn.id
+        self._followers[turn_id] += 1
+        try:
+            with following:
+                async with aclosing(following.events()) as events:
+                    async for event in events:
+                        yield event
+                head = await following.feed.ended()
+            settled = await self.turns.settle(head, tokens=following.tokens if following.whole else None)
+            following.reports.update(settled.reports)
+            if following.position.at_start:
+                count(following, head)
+            yield last_event(following, head, settled.codes)
+        finally:
+            self._followers[turn_id] -= 1
+
+    async def drop(self, session_id: str) -> None:
+        """Delete a conversation of one request, and give its rows back."""
+        try:
+            await patiently(lambda: self.turns.journal.delete_session(session_id))
+        except NotFoundError:
+            log.debug("deleted before", session=session_id)
+        await self.admission.ledger.release(session_id)
+
+    async def linger(self, session_id: str, turn_id: str) -> None:
+        """Keep a conversation of one request for the resume window, then drop it unless somebody else reads it."""
+        try:
+            async with asyncio.timeout(self.admission.window):
+                await self._closing.wait()
+        except TimeoutError:
+            log.debug("not resumed", session=session_id)
+        head = await patiently(lambda: self.turns.journal.head(turn_id))
+        elsewhere = head.reader != self.turns.inbox.owner
+        leaving = self._closing.is_set() and not head.over  # another process may be asked for it
+        if not (self._followers[turn_id] or elsewhere or leaving):
+            await self.drop(session_id)
+
+
+async def _logged(work: Coroutine[Any, Any, None]) -> None:
+    """What fails after a call is over has nobody to be told but the log; keys expire in any case."""
+    try:
+        await work
+    except NotFoundError:
+        return
+    except KimiaError as error:
+        log.warning("clean-up failed", error=str(error))
