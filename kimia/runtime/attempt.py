@@ -19,7 +19,7 @@ from kimia.streams import keys
 from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Feed, Inbox
 from kimia.streams.jobs import Claim, Jobs, Outcome
-from kimia.streams.patience import Patience
+from kimia.streams.patience import CANCEL_AGAIN, Patience
 from kimia.v1.turn_pb2 import Chunk
 
 CODE_SECONDS = 0.08
@@ -58,6 +58,7 @@ class Attempt:
         self.outcome = ""  # "" while it runs
         self._bench = bench
         self._verdict = ""  # why it was stopped from outside
+        self._closing = False  # the stage's generator is ending its turn: it is not cancelled again
         self._started = perf_counter()
         self.task = asyncio.create_task(self._run())
 
@@ -65,7 +66,13 @@ class Attempt:
         """End it within one step or chunk; `verdict` becomes its outcome."""
         if not self._verdict and not self.outcome:
             self._verdict = verdict
+            self._cancel()
+
+    def _cancel(self) -> None:
+        """Until it is noticed: see `kimia.streams.patience.end`."""
+        if not (self.outcome or self._closing or self.task.done()):
             self.task.cancel()
+            asyncio.get_running_loop().call_later(CANCEL_AGAIN, self._cancel)
 
     # ---- from the claim to the outcome ----
 
@@ -132,6 +139,7 @@ class Attempt:
                 if self.outcome:
                     return self.outcome
         finally:
+            self._closing = True
             await close(chunks)
             await close(inbox)
         raise InternalError(f"the {self.claim.kind.name} stage ended without a final chunk; see its worker's log")

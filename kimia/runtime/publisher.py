@@ -8,7 +8,7 @@ from time import perf_counter
 
 from kimia.runtime.metrics import PUBLISH
 from kimia.streams.jobs import Claim, Jobs, Published
-from kimia.streams.patience import Patience
+from kimia.streams.patience import Patience, end
 from kimia.v1.turn_pb2 import Chunk
 
 
@@ -33,8 +33,7 @@ class Publisher:
     async def aclose(self) -> None:
         """Send no more. Whoever still waits for an answer is cancelled."""
         if self._sending is not None:
-            self._sending.cancel()
-            await asyncio.gather(self._sending, return_exceptions=True)
+            await end([self._sending])
 
     async def _send(self) -> None:
         try:

@@ -11,10 +11,9 @@ A worker that dies needs no farewell: its leases end, and others go on behind th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from kimia.errors import UnavailableError
 from kimia.runtime.attempt import HANDED_OVER, LOST, Attempt, Bench
@@ -27,7 +26,7 @@ from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Inbox
 from kimia.streams.jobs import Claim, Jobs
 from kimia.streams.ledger import Ledger
-from kimia.streams.patience import Patience
+from kimia.streams.patience import Patience, end
 from kimia.streams.wire import Wire
 
 IDLE_WAIT = 1.0  # seconds of one wait for new jobs; new ones end it at once
@@ -77,7 +76,7 @@ class Worker:
                 await self._drained.wait()
             finally:
                 attempts = [attempt.task for attempt in self._attempts]
-                await _cancel([*self._fronts, beating, *self._returns, *attempts])
+                await end([*self._fronts, beating, *self._returns, *attempts])
                 await self._publisher.aclose()
 
     async def drain(self, seconds: float) -> None:
@@ -85,7 +84,7 @@ class Worker:
         self._stopping.set()
         if self._fronts:
             await asyncio.wait(self._fronts, timeout=FAREWELL)
-            await _cancel(self._fronts)
+            await end(self._fronts)
         await self._say(self._ledger.withdraw(self.kind, self.consumer))
         await self._attempts_end(seconds)
         for attempt in tuple(self._attempts):
@@ -195,7 +194,7 @@ class Worker:
                 task.result()
             return not stop.done()
         finally:
-            await _cancel((task, stop))
+            await end((task, stop))
 
     async def _attempts_end(self, seconds: float) -> None:
         if self._attempts:
@@ -206,12 +205,6 @@ class Worker:
         with suppress(UnavailableError, TimeoutError):
             async with asyncio.timeout(FAREWELL):
                 await call
-
-
-async def _cancel(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _say_lost(error: UnavailableError) -> None:

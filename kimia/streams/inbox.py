@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from kimia.stage import Log
 from kimia.streams import keys
 from kimia.streams.journal import Head, Journal
-from kimia.streams.patience import Patience, pause_after
+from kimia.streams.patience import Patience, end, pause_after
 from kimia.streams.wire import Wire
 from kimia.v1.turn_pb2 import Chunk
 
@@ -49,9 +49,7 @@ class Inbox:
 
     async def __aexit__(self, *_: object) -> None:
         self._stopped = True
-        for task in self._reads:
-            task.cancel()
-        await asyncio.gather(*self._reads, return_exceptions=True)
+        await end(self._reads)
         for client in self._clients:
             await client.aclose()
 

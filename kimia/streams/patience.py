@@ -1,17 +1,18 @@
-"""Waiting out a server that cannot be reached: attempts with growing pauses, told once."""
+"""Waiting out a server that cannot be reached, and ending tasks that talk to one."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeVar
 
 from kimia.errors import UnavailableError
 
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0  # seconds
+CANCEL_AGAIN = 0.1  # seconds
 
 
 def pause_after(failures: int) -> float:
@@ -56,3 +57,17 @@ class Patience:
         if self.out and self._found:
             self._found()
         self.out = False
+
+
+async def end(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait until they have ended; what they raise is dropped.
+
+    One `cancel` is not enough: `asyncio.wait_for` of Python 3.11, through which redis-py reads and writes, swallows a
+    cancellation that arrives together with the answer.
+    """
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        left = (await asyncio.wait(left, timeout=CANCEL_AGAIN))[1]
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -162,26 +162,26 @@ async def test_another_tokenizer_goes_on_in_the_middle_of_the_clips(house):
     assert await house.logs(turn.id) == await computed(turn, given, QUICK)
 
 
-async def test_a_worker_that_was_frozen_cannot_write_any_more(house):
-    zombie = house.start(FakeLanguageModel(STEADY))
+async def test_a_worker_that_was_frozen_cannot_write_any_more(house, monkeypatch):
+    zombie = house.start(FakeLanguageModel(FakeTiming(steps=60, step_seconds=0.02)))
     turn = new_turn(route=[LLM])
     await house.ask(turn)
     await house.until(turn.id, "tokens", 5)
 
-    async def silent():
+    async def frozen():
         await asyncio.Event().wait()
 
-    zombie._heartbeat = silent
-    zombie._recover = silent
-    house.start(FakeLanguageModel(FakeTiming(steps=60, step_seconds=0.03)))
-    zombie._bench.stage.timing = FakeTiming(steps=60, step_seconds=0.03)
-    slow = new_turn(route=[LLM])
+    async def nothing(count):
+        return []
+
+    monkeypatch.setattr(zombie, "_heartbeat", frozen)
+    monkeypatch.setattr(zombie._jobs, "recover", nothing)
+    monkeypatch.setattr("kimia.runtime.attempt.Attempt._watch", lambda self, feed: frozen())
+    house.start(FakeLanguageModel(QUICK))
     head = await house.ended(turn.id)
-    assert head.state == "done"
+    assert (head.state, head.stages["llm"].take_overs) == ("done", 1)
+    await eventually(lambda: zombie._rows.used == 0)
     assert await house.logs(turn.id) == await computed(turn, [], QUICK)
-    await house.ask(slow)
-    assert (await house.ended(slow.id)).state == "done"
-    await eventually(lambda: all(worker._rows.used == 0 for worker in house.running))
 
 
 async def test_a_worker_that_left_hands_its_turns_over(house):

@@ -62,7 +62,7 @@ class House:
     def __init__(self, wire):
         self.wire = wire
         self.journal = Journal(wire)
-        self.inbox = Inbox(wire, "orchestrator")
+        self.inbox = Inbox(wire, "orchestrator", look=0.05)  # nobody points it to the log `encoded`
         self.running = {}
         self.count = 0
 

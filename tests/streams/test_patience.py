@@ -6,7 +6,7 @@ import pytest
 
 from kimia.errors import NotFoundError, UnavailableError
 from kimia.streams import patience
-from kimia.streams.patience import LONGEST_PAUSE, Patience, pause_after
+from kimia.streams.patience import LONGEST_PAUSE, Patience, end, pause_after
 
 pytestmark = pytest.mark.unit
 
@@ -60,3 +60,27 @@ def test_pauses_grow_up_to_a_bound():
     assert 0 < pause_after(1) <= 1e-4
     assert pause_after(3) > pause_after(1)
     assert pause_after(10_000) <= 1e-3 < LONGEST_PAUSE
+
+
+async def test_tasks_that_swallow_a_cancellation_end_all_the_same(monkeypatch):
+    monkeypatch.setattr(patience, "CANCEL_AGAIN", 0.001)
+    swallowed = []
+
+    async def stubborn(times):
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed.append(times)
+                if swallowed.count(times) > times:
+                    raise
+
+    async def failing():
+        raise ValueError
+
+    tasks = [asyncio.create_task(task) for task in (stubborn(2), stubborn(0), failing())]
+    await asyncio.sleep(0)
+    await end(tasks)
+    await end([])
+    assert all(task.done() for task in tasks)
+    assert (swallowed.count(2), swallowed.count(0)) == (3, 1)
