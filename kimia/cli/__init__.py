@@ -18,6 +18,9 @@ from kimia.errors import KimiaError
 COMMANDS = {
     "generate": "answer a conversation in text and speech",
     "transcribe": "write down what is said in audio files",
+    "up": "run the whole service on this machine",
+    "talk": "one spoken turn through a running service, and where its time went",
+    "ps": "what runs in a service, and how full it is",
     "explain": "show the prompt of a conversation as a table, without running the model",
     "checkpoint": "create, inspect or convert a model folder",
     "verify": "compare this installation with golden data",

@@ -37,6 +37,7 @@ class Part:
     folder: str  # working directory
     grace: float = 10.0  # seconds from SIGTERM to SIGKILL
     reset: Callable[[], None] = lambda: None  # before each start
+    quiet: bool = False  # its lines are shown only when it fails
 
     @property
     def group(self) -> str:
@@ -142,6 +143,8 @@ class Supervisor:
                 return
             if time.monotonic() - begun > HEALTHY_SECONDS:
                 pause = FIRST_PAUSE
+            for line in running.tail if running.part.quiet else ():
+                self.console.line(running.part.name, line)
             self.console.line("up", f"{running.part.name} died ({_reason(code)}); it starts again in {pause:g} s")
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -184,7 +187,8 @@ class Supervisor:
                 return
             text = line.decode("utf-8", "backslashreplace").rstrip()
             running.tail.append(text)
-            self.console.line(running.part.name, text)
+            if not running.part.quiet:
+                self.console.line(running.part.name, text)
 
     async def _watch(self, running: _Running) -> None:
         """Say when a process is ready."""

@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from tqdm import tqdm
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO, TypeAlias
 
 from kimia.cli.arguments import add_model, load_model
-from kimia.errors import AudioError, ConversationError, KimiaError
+from kimia.cli.service import add_server, open_client
+from kimia.errors import AudioError, ConversationError, KimiaError, ParameterError, RequestError
 
-if TYPE_CHECKING:
-    from kimia.pipeline import KimiAudio
+Writer: TypeAlias = Callable[[str], str]  # a file's name to what is said in it
 
+PATIENCE = 600.0  # seconds to wait for a free row of a busy service: nobody waits on the line
 INSTRUCTION = "Please transcribe the following audio:"  # the release's own example prompt
 EPILOG = """examples:
   kimia transcribe --model DIR call.wav
   kimia transcribe --model DIR --json calls/*.wav > calls.jsonl
   kimia transcribe --model DIR --instruction "请将音频内容转换为文字。" call.wav
+  kimia transcribe --server localhost:50051 calls/*.wav
 
+With --server a running service does the work, in its batch queue: no model is loaded here.
 A file that cannot be read is reported and skipped; the exit code is then 1.
 """
 
@@ -33,31 +35,63 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", default=INSTRUCTION, help=f"text before the audio (default: {INSTRUCTION!r})")
     parser.add_argument("--max-new-tokens", type=int, default=-1, metavar="N", help="longest transcript in tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
+    add_server(parser, required=False)
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Transcribe the files one after the other; only the parts of the model that make text are loaded."""
-    model = load_model(args, load_detokenizer=False, text_only=True)
+    """Transcribe the files one after the other."""
     failed = 0
-    for file in tqdm(args.files, unit="file", file=sys.stderr, disable=None if len(args.files) > 1 else True):
-        try:
-            text = _transcribe(model, file, args)
-        except (AudioError, ConversationError) as error:
-            failed += 1
-            tqdm.write(f"error: {_complaint(file, error)}", file=sys.stderr)
-            continue
-        tqdm.write(_line(file, text, args), file=sys.stdout)
-        sys.stdout.flush()
+    with _writer(args) as write:
+        for file in _progress(args.files):
+            try:
+                _print(_line(file, write(file), args), sys.stdout)
+            except (AudioError, ConversationError, RequestError) as error:
+                failed += 1
+                _print(f"error: {_complaint(file, error)}", sys.stderr)
     return 1 if failed else 0
 
 
-def _transcribe(model: KimiAudio, file: str, args: argparse.Namespace) -> str:
-    messages: Sequence[dict[str, str]] = (
-        {"role": "user", "message_type": "text", "content": args.instruction},
+@contextmanager
+def _writer(args: argparse.Namespace) -> Iterator[Writer]:
+    """Who does it: the service that was named, else the model, of which only what makes text is loaded."""
+    options = {"max_new_tokens": args.max_new_tokens, "preset": "low-latency"}
+    if args.server:
+        if args.device or args.dtype:
+            raise ParameterError("--device and --dtype are the service's own matter; leave them out, or --server")
+        with open_client(args, PATIENCE) as kimia:
+            yield lambda file: kimia.transcribe(file, args.instruction, batch=True, **options)
+        return
+    model = load_model(args, load_detokenizer=False, text_only=True)
+    yield lambda file: model.generate(_messages(file, args.instruction), "text", **options)[1]
+
+
+def _messages(file: str, instruction: str) -> Sequence[dict[str, str]]:
+    return (
+        {"role": "user", "message_type": "text", "content": instruction},
         {"role": "user", "message_type": "audio", "content": file},
     )
-    return model.generate(messages, "text", max_new_tokens=args.max_new_tokens, preset="low-latency")[1]
+
+
+def _progress(files: Sequence[str]) -> Iterable[str]:
+    """The files, with a bar for several where the library for it is installed (a client alone has it not)."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return files
+    bar: Iterable[str] = tqdm(files, unit="file", file=sys.stderr, disable=None if len(files) > 1 else True)
+    return bar
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """A line that does not disturb the bar."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(text, file=stream, flush=True)
+    else:
+        tqdm.write(text, file=stream)
+        stream.flush()
 
 
 def _complaint(file: str, error: KimiaError) -> str:

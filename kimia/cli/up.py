@@ -47,7 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=50051, help="port of the service (default: 50051; 0: any free one)")
     group.add_argument("--redis", metavar="URL", help="use this Redis or Valkey instead of an embedded one")
     group.add_argument("--data", type=Path, metavar="DIR", help="folder where the embedded store keeps its data")
-    group.add_argument("--run", metavar="COMMAND", help="run this once all is ready, then stop with its exit code")
+    group.add_argument(
+        "--run", dest="command", metavar="COMMAND", help="run this once all is ready, then stop with its exit code"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,9 +71,10 @@ async def _supervise(args: argparse.Namespace, plan: Plan, parts: list[list[Part
 
     async def work() -> int:
         address = plan.address()
-        if args.run:
-            return await _command(args.run, {"KIMIA_SERVER": address})
-        print(f"ready at {address}; try: kimia talk question.wav --server {address}", flush=True)
+        if args.command:
+            return await _command(args.command, {"KIMIA_SERVER": address, "KIMIA_REDIS_URL": plan.redis_url})
+        print(f"ready at {address}", f"  kimia talk question.wav --server {address}", sep="\n")
+        print(f"  kimia ps --redis {plan.redis_url}", flush=True)
         return int(await asyncio.get_running_loop().create_future())  # until a signal cancels it
 
     return await Supervisor(parts, console).run(work)
@@ -139,7 +142,7 @@ class Plan:
             "KIMIA_DTYPE": self.args.dtype or "",
             "PYTHONUNBUFFERED": "1",
         }
-        defaults = {"KIMIA_LOG_FORMAT": "text", "KIMIA_LOG_LEVEL": "warning" if self.args.run else "info"}
+        defaults = {"KIMIA_LOG_FORMAT": "text", "KIMIA_LOG_LEVEL": "warning" if self.args.command else "info"}
         missing = {name: value for name, value in defaults.items() if name not in os.environ}
         return {**{name: value for name, value in chosen.items() if value}, **missing}
 
@@ -263,7 +266,7 @@ def _store_part(binary: str, folder: Path, port: int) -> Part:
         "loglevel": "warning",
     }
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    return Part("valkey", (binary, *flags), {}, lambda: answers(port), str(folder))
+    return Part("valkey", (binary, *flags), {}, lambda: answers(port), str(folder), quiet=True)
 
 
 def free_port() -> int:

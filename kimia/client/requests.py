@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -116,7 +116,7 @@ class Session:
     id: str
     create_time: datetime | None
     expire_time: datetime | None
-    messages: tuple[Message, ...]  # of the contract; sounds without data
+    messages: tuple[Message, ...] = field(repr=False)  # of the contract; sounds without data
     turn_ids: tuple[str, ...]  # oldest first
     next_audio_index: int
     running_turn_id: str  # empty when none is being answered
