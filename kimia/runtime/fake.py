@@ -352,12 +352,12 @@ def build(name: str, timing: FakeTiming) -> Stage:
 def main() -> int:
     """Run one fake stage as a process until SIGTERM; the exit code."""
     from kimia.runtime.service import run_stage
+    from kimia.runtime.settings import read_settings
 
     parser = argparse.ArgumentParser(prog="python -m kimia.runtime.fake", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=sorted(STAGES))
     name: str = parser.parse_args().stage
-    timing = FakeSettings().timing()
-    return run_stage(lambda _settings: build(name, timing), STAGES[name])
+    return run_stage(lambda _settings: build(name, read_settings(FakeSettings).timing()), STAGES[name])
 
 
 if __name__ == "__main__":

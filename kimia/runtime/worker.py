@@ -18,7 +18,7 @@ from functools import partial
 from kimia.errors import UnavailableError
 from kimia.runtime.attempt import HANDED_OVER, LOST, Attempt, Bench
 from kimia.runtime.logs import get_logger
-from kimia.runtime.metrics import CLAIMS, JOBS_WAITING, QUEUE_WAIT, ROWS, ROWS_USED, TAKE_OVERS, TURNS
+from kimia.runtime.metrics import CLAIMS, JOBS_WAITING, QUEUE_WAIT, TAKE_OVERS, TURNS
 from kimia.runtime.publisher import Publisher
 from kimia.runtime.rows import Rows
 from kimia.stage import Stage
@@ -30,7 +30,8 @@ from kimia.streams.patience import Patience, end
 from kimia.streams.wire import Wire
 
 IDLE_WAIT = 1.0  # seconds of one wait for new jobs; new ones end it at once
-FAREWELL = 5.0  # seconds for what a leaving worker still has to say to the journal
+FAREWELL = 1.0  # seconds for each thing that a leaving worker still has to say to the journal
+LAST_CHUNK = 3.0  # seconds for stages that are stopped to end their step or chunk
 COUNTED = ("done", "cancelled", "error", HANDED_OVER)
 
 log = get_logger()
@@ -89,7 +90,7 @@ class Worker:
         await self._attempts_end(seconds)
         for attempt in tuple(self._attempts):
             attempt.stop(HANDED_OVER)
-        await self._attempts_end(FAREWELL)
+        await self._attempts_end(LAST_CHUNK)
         await self._say(self._jobs.aclose())
         self._drained.set()
 
@@ -161,8 +162,6 @@ class Worker:
 
     async def _announce(self) -> None:
         """Say how many rows there are, and how many turns wait."""
-        ROWS.labels(self.kind.name).set(self._rows.count)
-        ROWS_USED.labels(self.kind.name).set(self._rows.used)
         await self._ledger.announce(self.kind, self.consumer, self._rows.count, self._rows.used)
         JOBS_WAITING.labels(self.kind.name).set((await self._jobs.depth())[0])
 

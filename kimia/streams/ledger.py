@@ -67,7 +67,14 @@ class Ledger:
         has `tenant_limit` sessions already (reason TENANT_LIMIT).
         """
         limit = -1 if tenant_limit is None else tenant_limit
-        args: list[Argument] = [keys.ledger(""), session, tenant, _milliseconds(seconds), limit, _milliseconds(RELEASE_WINDOW)]
+        args: list[Argument] = [
+            keys.ledger(""),
+            session,
+            tenant,
+            _milliseconds(seconds),
+            limit,
+            _milliseconds(RELEASE_WINDOW),
+        ]
         answer = await self._wire.call("ledger_reserve", [_session(session)], [*args, *(kind.name for kind in route)])
         if answer != b"ok":
             word, stage, size, releases = answer
