@@ -23,6 +23,7 @@ from orchestrator.servicer import KimiAudio
 from orchestrator.turn import Turns
 
 NAME = "orchestrator"
+FAREWELL_SECONDS = 5.0  # for requests that were cut off to leave things in order
 USAGE_SECONDS = 5.0  # between two looks at the ledger for the metrics
 
 log = get_logger()
@@ -58,6 +59,7 @@ class Orchestrator:
             Limits(settings.turn_deadline_seconds, settings.max_clip_bytes),
         )
         self._stack.push_async_callback(desk.aclose)
+        self._stack.push_async_callback(self._servicer.ended, FAREWELL_SECONDS)
         self._servicer.open(desk)
 
     async def run(self) -> None:

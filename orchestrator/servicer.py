@@ -65,6 +65,10 @@ class KimiAudio(KimiAudioServicer):
         self._desk = None
         for call in tuple(self._calls):
             call.retire()
+        await self.ended(seconds)
+
+    async def ended(self, seconds: float) -> None:
+        """Wait for every request to end, but not longer."""
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
