@@ -122,11 +122,11 @@ async def test_many_turns_are_published_in_one_round_trip(world):
 # ---- fencing and take-over ----------------------------------------------------------------------------------------
 
 
-async def test_a_worker_that_wakes_up_late_writes_nothing(hasty):
-    paused, other = await hasty.worker(LLM, "paused"), await hasty.worker(LLM, "other")
-    old = await hasty.claimed(paused)
+async def test_a_worker_that_wakes_up_late_writes_nothing(world):
+    paused, other = await world.worker(LLM, "paused"), await world.worker(LLM, "other")
+    old = await world.claimed(paused)
     await paused.publish(old, step(0, text="old"))
-    [new] = await hasty.recovered(other)
+    new = await world.taken_over(old, other)
     assert (new.next_index, new.attempt) == (1, 1)
 
     assert await paused.publish(old, step(1, text="old")) == Published(FENCED, 1)
@@ -134,48 +134,48 @@ async def test_a_worker_that_wakes_up_late_writes_nothing(hasty):
     await paused.fail(old, Failure(reason="BROKEN"))
     await paused.release(old)
     await paused.rewind(old)
-    assert await hasty.state(old.turn) == "running"
-    assert await hasty.holder(new) == "other"
+    assert await world.state(old.turn) == "running"
+    assert await world.holder(new) == "other"
 
     assert await other.publish(new, step(1, final=True)) == Published(WRITTEN, 2)
-    assert [chunk.step.text for chunk in await hasty.journal.read(old.turn.id, "tokens")] == ["old", ""]
-    assert (await hasty.journal.head(old.turn.id)).stages["llm"].take_overs == 1
+    assert [chunk.step.text for chunk in await world.journal.read(old.turn.id, "tokens")] == ["old", ""]
+    assert (await world.journal.head(old.turn.id)).stages["llm"].take_overs == 1
 
 
-async def test_the_heartbeat_of_a_zombie_does_not_take_the_turn_back(hasty):
-    zombie, other = await hasty.worker(LLM, "zombie"), await hasty.worker(LLM, "other")
-    old = await hasty.claimed(zombie)
-    [new] = await hasty.recovered(other)
+async def test_the_heartbeat_of_a_zombie_does_not_take_the_turn_back(world):
+    zombie, other = await world.worker(LLM, "zombie"), await world.worker(LLM, "other")
+    old = await world.claimed(zombie)
+    new = await world.taken_over(old, other)
     assert await zombie.heartbeat([old]) == [old]
-    assert await hasty.holder(new) == "other"
+    assert await world.holder(new) == "other"
     assert await other.heartbeat([new]) == []
     assert await other.publish(new, step(0)) == Published(WRITTEN, 1)
 
 
-async def test_a_restarted_worker_has_another_name(hasty):
-    first = await hasty.worker(LLM, "host-1")
-    old = await hasty.claimed(first)
-    second = await hasty.worker(LLM, "host-2")
-    [new] = await hasty.recovered(second)
+async def test_a_restarted_worker_has_another_name(world):
+    first = await world.worker(LLM, "host-1")
+    old = await world.claimed(first)
+    second = await world.worker(LLM, "host-2")
+    new = await world.taken_over(old, second)
     assert await first.publish(old, step(0)) == Published(FENCED, 0)
     assert await second.publish(new, step(0)) == Published(WRITTEN, 1)
 
 
-async def test_a_worker_that_recovers_its_own_turn_fences_its_old_claim(hasty):
-    worker = await hasty.worker()
-    old = await hasty.claimed(worker)
-    [new] = await hasty.recovered(worker)
+async def test_a_worker_that_recovers_its_own_turn_fences_its_old_claim(world):
+    worker = await world.worker()
+    old = await world.claimed(worker)
+    new = await world.taken_over(old, worker)
     assert new.token > old.token
     assert await worker.heartbeat([old, new]) == [old]
     assert await worker.publish(old, step(0)) == Published(FENCED, 0)
     assert await worker.publish(new, step(0)) == Published(WRITTEN, 1)
 
 
-async def test_the_name_fences_too_when_tokens_were_rolled_back(hasty):
-    old_worker, new_worker = await hasty.worker(LLM, "old"), await hasty.worker(LLM, "new")
-    old = await hasty.claimed(old_worker)
-    await hasty.redis.delete(keys.token("{0}", "llm"))  # a fail-over lost the counter
-    [new] = await hasty.recovered(new_worker)
+async def test_the_name_fences_too_when_tokens_were_rolled_back(world):
+    old_worker, new_worker = await world.worker(LLM, "old"), await world.worker(LLM, "new")
+    old = await world.claimed(old_worker)
+    await world.redis.delete(keys.token("{0}", "llm"))  # a fail-over lost the counter
+    new = await world.taken_over(old, new_worker)
     assert new.token == old.token
     assert await old_worker.publish(old, step(0)) == Published(FENCED, 0)
     assert await old_worker.heartbeat([old]) == [old]
@@ -190,16 +190,33 @@ async def test_a_held_turn_is_not_recovered(world):
     assert await worker.heartbeat([claim]) == []
 
 
-async def test_heartbeats_keep_a_turn(hasty):
-    worker, other = await hasty.worker(LLM, "w1"), await hasty.worker(LLM, "w2")
-    claim = await hasty.claimed(worker)
-    lease = await hasty.redis.hget(keys.head("{0}", claim.turn.id), "llm:lease")
-    assert await worker.heartbeat([claim]) == []
-    assert await hasty.redis.hget(keys.head("{0}", claim.turn.id), "llm:lease") > lease
-    await hasty.set_lease(claim.turn, "llm", 2**52)  # as if it had been renewed just now
-    for _ in range(20):
-        assert await other.recover(1) == []
-    assert await hasty.holder(claim) == "w1"
+async def test_heartbeats_keep_a_turn(world):
+    worker, other = await world.worker(LLM, "w1"), await world.worker(LLM, "w2")
+    claim = await world.claimed(worker)
+    await world.silence(claim)
+    assert await worker.heartbeat([claim]) == []  # just in time
+    assert await other.recover(1) == []
+    assert await world.holder(claim) == "w1"
+
+
+async def test_the_head_is_asked_even_where_the_entry_looks_abandoned(world):
+    """The entry's age and the lease are renewed together, but only the lease decides."""
+    worker, other = await world.worker(LLM, "w1"), await world.worker(LLM, "w2")
+    claim = await world.claimed(worker)
+    await world.redis.xclaim(claim.job_key, keys.GROUP, "w1", 0, [claim.job_id], idle=3_600_000)
+    assert await other.recover(1) == []
+    assert await world.holder(claim) == "w1"
+
+
+async def test_leases_end_by_themselves(journal_url):
+    world = World(await Wire.connect(journal_url, options=WireOptions(lease=0.02)))
+    dead, other = await world.worker(LLM, "dead"), await world.worker(LLM, "other")
+    old = await world.claimed(dead)
+    while not (found := await other.recover(1)):
+        pass
+    assert found[0].turn == old.turn
+    assert await dead.publish(old, step(0)) == Published(FENCED, 0)
+    await world.wire.aclose()
 
 
 async def test_a_claim_needs_its_entry(world):
@@ -237,70 +254,65 @@ async def test_two_workers_never_get_the_same_turn(world):
     assert sorted(claimed) == sorted(turn.id for turn in turns)
 
 
-async def test_two_workers_never_recover_the_same_turn(hasty):
-    dead = await hasty.worker(LLM, "dead")
-    for number in range(10):
-        await hasty.submitted(new_turn(f"s{number}"))
-    assert len(await dead.sweep(10)) == 10
-    workers = [await hasty.worker(LLM, f"w{number}") for number in range(4)]
-    claims = [c for found in await asyncio.gather(*(hasty.recovered(w, 3) for w in workers)) for c in found]
-    outcomes = await workers[0].publish_all([(claim, step(0)) for claim in claims])
-    assert [p.outcome for p in outcomes].count(WRITTEN) == len({claim.turn.id for claim in claims})
+async def test_two_workers_never_recover_the_same_turn(world):
+    dead = await world.worker(LLM, "dead")
+    turns = [await world.submitted(new_turn(f"s{number}")) for number in range(10)]
+    await world.silence(*await dead.sweep(10))
+    workers = [await world.worker(LLM, f"w{number}") for number in range(4)]
+    found = await asyncio.gather(*(worker.recover(3) for worker in workers * 3))
+    assert sorted(c.turn.id for claims in found for c in claims) == sorted(turn.id for turn in turns)
 
 
-async def test_recovery_takes_no_more_than_wanted(hasty):
-    dead, other = await hasty.worker(LLM, "dead"), await hasty.worker(LLM, "other")
+async def test_recovery_takes_no_more_than_wanted(world):
+    dead, other = await world.worker(LLM, "dead"), await world.worker(LLM, "other")
     for number in range(5):
-        await hasty.submitted(new_turn(f"s{number}"))
-    await dead.sweep(5)
-    assert len(await hasty.recovered(other, 2)) == 2
+        await world.submitted(new_turn(f"s{number}"))
+    await world.silence(*await dead.sweep(5))
+    assert [len(await other.recover(2)) for _ in range(4)] == [2, 2, 1, 0]
 
 
 # ---- poison -------------------------------------------------------------------------------------------------------
 
 
-async def poisoned(world: World, worker, turn):
-    """Recover until the turn is given up; the attempts that there were."""
-    attempts = []
-    while await world.state(turn) == "running":
-        attempts += [claim.attempt for claim in await worker.recover(1)]
-    return attempts
-
-
-async def test_a_turn_that_kills_every_worker_is_given_up(hasty):
-    worker = await hasty.worker()
-    claim = await hasty.claimed(worker)
-    assert await poisoned(hasty, worker, claim.turn) == [2, 3]
-    head = await hasty.journal.head(claim.turn.id)
+async def test_a_turn_that_kills_every_worker_is_given_up(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
+    for attempt in (2, 3):
+        claim = await world.taken_over(claim, worker)
+        assert claim.attempt == attempt
+    await world.silence(claim)
+    assert await worker.recover(1) == []
+    head = await world.journal.head(claim.turn.id)
     assert (head.state, head.failure.reason, head.failure.code) == ("error", "GAVE_UP", 13)
     assert "3 attempts" in head.failure.message
-    assert await hasty.pointers("orchestrator") == [(claim.turn.id, "state", 0)]
-    [(_, letter)] = await hasty.redis.xrange(keys.dlq("{0}", "llm"))
+    assert await world.pointers("orchestrator") == [(claim.turn.id, "state", 0)]
+    [(_, letter)] = await world.redis.xrange(keys.dlq("{0}", "llm"))
     assert (letter[b"t"], letter[b"reason"], letter[b"tries"]) == (claim.turn.id.encode(), b"GAVE_UP", b"3")
+    assert keys.dlq("{0}", "llm") not in await world.permanent()
     assert await worker.depth() == (0, 0)
-    assert await worker.publish(claim, step(0)) == Published(FENCED, 0)
-    assert await hasty.permanent() & {keys.dlq("{0}", "llm")} == set()
+    assert await worker.publish(claim, step(0)) == Published(CANCELLED, 0)
 
 
-async def test_progress_resets_the_count(hasty):
-    worker = await hasty.worker()
-    claim = await hasty.claimed(worker)
+async def test_progress_resets_the_count(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
     for index in range(6):
         assert (await worker.publish(claim, step(index))).outcome is WRITTEN
-        [claim] = await hasty.recovered(worker)
+        claim = await world.taken_over(claim, worker)
         assert claim.attempt == 1
 
 
-async def test_a_chunk_that_was_there_is_no_progress(hasty):
-    worker = await hasty.worker()
-    claim = await hasty.claimed(worker)
+async def test_a_chunk_that_was_there_is_no_progress(world):
+    worker = await world.worker()
+    claim = await world.claimed(worker)
     await worker.publish(claim, step(0))
     for attempt in (1, 2, 3):
-        [claim] = await hasty.recovered(worker)
+        claim = await world.taken_over(claim, worker)
         assert claim.attempt == attempt
         assert (await worker.publish(claim, step(0))).outcome is DUPLICATE
-    await poisoned(hasty, worker, claim.turn)
-    assert (await hasty.journal.head(claim.turn.id)).failure.reason == "GAVE_UP"
+    await world.silence(claim)
+    assert await worker.recover(1) == []
+    assert (await world.journal.head(claim.turn.id)).failure.reason == "GAVE_UP"
 
 
 async def test_handing_over_does_not_count(world):
@@ -390,12 +402,13 @@ async def test_cancelled_after_it_was_done(world):
     assert await world.state(claim.turn) == "done"
 
 
-async def test_cancelled_when_its_worker_is_dead(hasty):
-    dead, other = await hasty.worker(LLM, "dead"), await hasty.worker(LLM, "other")
-    claim = await hasty.claimed(dead)
-    await hasty.journal.cancel(claim.turn.id)
-    while (await other.depth()) != (0, 0):
-        assert await other.recover(1) == []
+async def test_cancelled_when_its_worker_is_dead(world):
+    dead, other = await world.worker(LLM, "dead"), await world.worker(LLM, "other")
+    claim = await world.claimed(dead)
+    await world.journal.cancel(claim.turn.id)
+    await world.silence(claim)
+    assert await other.recover(1) == []
+    assert await other.depth() == (0, 0)
 
 
 async def test_expired_work_is_dropped_and_the_reader_told(world):
@@ -408,15 +421,15 @@ async def test_expired_work_is_dropped_and_the_reader_told(world):
     assert await worker.depth() == (0, 0)
 
 
-async def test_a_turn_that_has_begun_is_not_dropped_when_it_changes_hands(hasty):
-    worker = await hasty.worker()
+async def test_a_turn_that_has_begun_is_not_dropped_when_it_changes_hands(world):
+    worker = await world.worker()
     turn = new_turn()
     turn.deadline.GetCurrentTime()
     turn.deadline.seconds += 1000
-    claim = await hasty.claimed(worker, turn)
+    claim = await world.claimed(worker, turn)
     await worker.publish(claim, step(0))
-    await hasty.redis.hset(keys.head("{0}", turn.id), "deadline", 1)
-    [again] = await hasty.recovered(worker)
+    await world.redis.hset(keys.head("{0}", turn.id), "deadline", 1)
+    again = await world.taken_over(claim, worker)
     assert again.next_index == 1
 
 
@@ -500,32 +513,32 @@ async def test_the_recovery_record_outlives_the_wanted_worker(world):
     wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
     turn = await world.submitted(worker="wanted")
     [claim] = await wanted.sweep(1)
-    assert await other.sweep(1) == []  # handed to the owner
-    await world.set_lease(turn, "llm", 1)  # which dies
-    await world.redis.xclaim(claim.job_key, keys.GROUP, "wanted", 0, [claim.job_id], idle=10**6)
-    [taken] = await other.recover(1)
+    assert await other.sweep(1) == []  # handed to the owner, which dies
+    taken = await world.taken_over(claim, other)
     assert taken.turn == turn
     assert await wanted.publish(claim, step(0)) == Published(FENCED, 0)
     assert await other.publish(taken, step(0, final=True)) == Published(WRITTEN, 1)
 
 
-async def test_an_entry_that_is_handed_to_a_dead_owner_keeps_its_age(hasty):
-    """Else every hand-over would let a dead worker's turn wait for another lease."""
-    wanted, other = await hasty.worker(LLM, "wanted"), await hasty.worker(LLM, "other")
-    turn = await hasty.submitted(worker="wanted")
+async def test_an_entry_that_is_handed_to_its_owner_is_as_old_as_its_silence(world):
+    """Else the turn of an owner that died meanwhile would wait for another lease."""
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    turn = await world.submitted(worker="wanted")
     [claim] = await wanted.sweep(1)
-    await hasty.set_lease(turn, "llm", 2**52)
+    seconds, _ = await world.redis.time()
+    heard = seconds - 500  # of a lease of 600 seconds
+    await world.redis.hset(keys.head("{0}", turn.id), "llm:lease", (heard + 600) * 1_000_000)
     assert await other.sweep(1) == []
-    assert await hasty.holder(claim) == "wanted"
-    await hasty.set_lease(turn, "llm", 1)
-    assert [taken.turn for taken in await hasty.recovered(other)] == [turn]
+    [entry] = await world.redis.xpending_range(claim.job_key, keys.GROUP, "-", "+", 1)
+    assert entry["consumer"] == b"wanted"
+    assert entry["time_since_delivered"] >= 500_000
 
 
-async def test_whoever_gets_the_class_entry_of_a_dead_owner_takes_over(hasty):
-    wanted, other = await hasty.worker(LLM, "wanted"), await hasty.worker(LLM, "other")
-    turn = await hasty.submitted(worker="wanted")
+async def test_whoever_gets_the_class_entry_of_a_dead_owner_takes_over(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    turn = await world.submitted(worker="wanted")
     [claim] = await wanted.sweep(1)
-    await hasty.set_lease(turn, "llm", 1)
+    await world.end_lease(turn, "llm")  # before anybody got the class entry
     [taken] = await other.sweep(1)
     assert await wanted.heartbeat([claim]) == [claim]
     assert await other.publish(taken, step(0)) == Published(WRITTEN, 1)
@@ -570,6 +583,17 @@ async def test_the_wanted_worker_may_be_the_second_stage(world):
     await tokenizer.publish(claim, encoded(0, final=True))
     assert await world.redis.xlen(keys.worker_jobs("{0}", "llm", "wanted")) == 1
     assert [c.turn for c in await wanted.sweep(1)] == [turn]
+
+
+async def test_a_worker_that_sweeps_keeps_its_own_stream(world):
+    worker = await world.worker()
+    own = keys.worker_jobs("{0}", "llm", "w1")
+    await world.redis.expire(own, 5)
+    await worker.sweep(1)
+    assert await world.redis.ttl(own) > 800
+    await world.redis.delete(own)
+    await worker.sweep(1)
+    assert await world.redis.ttl(own) > 800
 
 
 async def test_a_worker_that_is_not_there_gets_no_copy(world):

@@ -21,7 +21,6 @@ for name, i in pairs(LOGS) do
 end
 redis.call('SADD', KEYS[6], turn)
 renew_turn(ttl)
-renew(KEYS[6], ttl + session_ttl)
 if idem then
   redis.call('SET', idem, turn, 'PX', ttl + session_ttl)
   redis.call('HSET', KEYS[1], 'idem', idem)
