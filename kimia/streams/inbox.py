@@ -8,18 +8,22 @@ and never a turn: after every failure of the connection, and when nothing came f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any, Self
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Self, TypeAlias
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
+from kimia.errors import NotFoundError
 from kimia.stage import Log
 from kimia.streams import keys
-from kimia.streams.journal import Head, Journal
+from kimia.streams.journal import Head, Journal, parse_head
 from kimia.streams.patience import Patience, end, pause_after
-from kimia.streams.wire import Wire
+from kimia.streams.together import Together
+from kimia.streams.wire import Wire, reached
 from kimia.v1.turn_pb2 import Chunk
+
+Request: TypeAlias = tuple[str, Log | None, int]  # turn, log (None: its head), first index
 
 BLOCK = 1.0  # seconds of one blocked read: a stop that is not noticed takes no longer
 BATCH = 1000  # pointers read at once; a full batch means that older ones may have been trimmed
@@ -39,6 +43,7 @@ class Inbox:
         self._stopped = False
         self._reads: list[asyncio.Task[None]] = []
         self._clients: list[redis.Redis] = []
+        self._together = Together(self._look_up)
 
     async def __aenter__(self) -> Self:
         for partition in self._wire.partitions:
@@ -50,6 +55,7 @@ class Inbox:
     async def __aexit__(self, *_: object) -> None:
         self._stopped = True
         await end(self._reads)
+        await self._together.aclose()
         for client in self._clients:
             await client.aclose()
 
@@ -65,6 +71,34 @@ class Inbox:
         feeds.discard(feed)
         if not feeds:
             self._feeds.pop(feed.turn_id, None)
+
+    # ---- reading logs ----
+
+    async def read(self, turn_id: str, log: Log, start: int) -> list[Chunk]:
+        """A log from an index on, as soon as the journal can be reached."""
+        return [Chunk.FromString(fields[b"c"]) for _, fields in await self._together.ask((turn_id, log, start))]
+
+    async def head(self, turn_id: str) -> Head:
+        """A turn's head, as soon as the journal can be reached. Raises NotFoundError."""
+        fields = await self._together.ask((turn_id, None, 0))
+        if not fields:
+            raise NotFoundError(f"no turn {turn_id}: it has expired or was deleted; open a new one", field="turn_id")
+        return parse_head(fields)
+
+    async def _look_up(self, requests: Sequence[Request]) -> Sequence[Any]:
+        return await self.patience.reach(lambda: self._look_up_once(requests))
+
+    async def _look_up_once(self, requests: Sequence[Request]) -> Sequence[Any]:
+        """Logs and heads in one round trip: however many turns are woken at once, one connection is used."""
+        with reached("journal"):
+            async with self._wire.journal.pipeline(transaction=False) as pipe:
+                for turn_id, log, start in requests:
+                    partition = keys.partition_of(keys.session_of(turn_id), self._wire.options.partitions)
+                    if log is None:
+                        pipe.hgetall(keys.head(partition, turn_id))
+                    else:
+                        pipe.xrange(keys.log(partition, turn_id, log), min=f"{start + 1}-0")
+                return await pipe.execute()
 
     # ---- reading pointers ----
 
@@ -137,8 +171,10 @@ class Feed:
         try:
             while True:
                 looked = bell.answer()
-                ended = looked and (await self._head()).over  # before the read: nothing follows the end
-                for chunk in await self._read(log, start):
+                ended = (
+                    looked and (await self._inbox.head(self.turn_id)).over
+                )  # before the read: nothing follows the end
+                for chunk in await self._inbox.read(self.turn_id, log, start):
                     yield chunk
                     start = chunk.index + 1
                     if chunk.final:
@@ -156,18 +192,12 @@ class Feed:
         try:
             while True:
                 bell.answer()
-                head = await self._head()
+                head = await self._inbox.head(self.turn_id)
                 if head.over:
                     return head
                 await bell.wait(self._inbox.look)
         finally:
             self._waiting.discard(bell)
-
-    async def _head(self) -> Head:
-        return await self._inbox.patience.reach(lambda: self._inbox.journal.head(self.turn_id))
-
-    async def _read(self, log: Log, start: int) -> list[Chunk]:
-        return await self._inbox.patience.reach(lambda: self._inbox.journal.read(self.turn_id, log, start))
 
 
 class _Bell:

@@ -69,23 +69,6 @@ async def test_other_errors_reach_every_turn_of_the_batch():
     assert (await publisher.publish("c", Chunk())).outcome is Outcome.WRITTEN
 
 
-async def test_who_has_given_up_is_not_sent():
-    journal = Journal()
-    journal.open.clear()
-    publisher = publisher_of(journal)
-    first = asyncio.create_task(publisher.publish("a", Chunk()))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    second, third = (asyncio.create_task(publisher.publish(name, Chunk())) for name in "bc")
-    await asyncio.sleep(0)
-    second.cancel()
-    first.cancel()
-    await asyncio.sleep(0)
-    journal.open.set()
-    await third
-    assert journal.batches == [[("a", 0)], [("c", 0)]]
-
-
 async def test_closing_cancels_who_waits():
     journal = Journal()
     journal.open.clear()

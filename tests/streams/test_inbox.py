@@ -143,6 +143,16 @@ async def test_pointers_to_others_turns_are_passed_over(inbox, writer):
         assert await read == [0]
 
 
+async def test_however_many_are_woken_they_read_through_few_connections(inbox, wire, writer):
+    turns = [await writer.begin() for _ in range(150)]
+    feeds = [inbox.feed(turn) for turn in turns]
+    reads = [asyncio.create_task(indices(feed, log)) for feed in feeds for log in ("tokens", "audio")]
+    await asyncio.sleep(0)
+    await writer.jobs.publish_all([(writer.claims[turn], Chunk(final=True)) for turn in turns])
+    assert await asyncio.gather(*reads) == [[0], []] * 150
+    assert len(await wire.journal.client_list()) < 20
+
+
 async def asleep(feed):
     """Until every reader of the feed waits for a pointer."""
     async with asyncio.timeout(5):
