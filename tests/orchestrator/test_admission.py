@@ -1,0 +1,89 @@
+import asyncio
+
+import pytest
+
+from kimia.errors import CapacityError
+from kimia.stage import DETOKENIZER, LLM
+from kimia.streams.ledger import Ledger
+from kimia.streams.wire import Wire, WireOptions
+from orchestrator.admission import Admission
+
+pytestmark = pytest.mark.unit
+
+ROUTE = (LLM, DETOKENIZER)
+
+
+@pytest.fixture
+async def ledger(valkey_url):
+    wire = await Wire.connect(valkey_url, options=WireOptions(lease=10))
+    ledger = Ledger(wire)
+    for kind in ROUTE:
+        await ledger.announce(kind, "worker", 1, 0)
+    yield ledger
+    await wire.aclose()
+
+
+async def reserved(ledger):
+    return (await ledger.usage())["llm"].reserved
+
+
+async def test_rows_are_held_until_released(ledger):
+    admission = Admission(ledger)
+    first = await admission.admit("a", "t", ROUTE)
+    with pytest.raises(CapacityError) as caught:
+        await admission.admit("b", "t", ROUTE)
+    assert caught.value.retry_after > 0
+    await first.release()
+    second = await admission.admit("b", "t", ROUTE)
+    await second.release()
+    assert await reserved(ledger) == 0
+
+
+async def test_a_tenant_has_a_limit(ledger):
+    await ledger.announce(LLM, "another", 9, 0)
+    admission = Admission(ledger, tenant_sessions=1)
+    first = await admission.admit("a", "t", (LLM,))
+    with pytest.raises(CapacityError) as caught:
+        await admission.admit("b", "t", (LLM,))
+    assert caught.value.reason == "TENANT_LIMIT"
+    other = await admission.admit("b", "u", (LLM,))
+    await asyncio.gather(first.release(), other.release())
+
+
+async def test_a_session_is_not_refused_a_second_time(ledger):
+    admission = Admission(ledger)
+    first, again = [await admission.admit("a", "t", ROUTE) for _ in range(2)]
+    assert await reserved(ledger) == 1
+    again.leave()
+    await first.release()
+
+
+async def test_what_is_kept_outlives_its_window_and_what_is_left_does_not(ledger):
+    admission = Admission(ledger, window=0.15)
+    reservation = await admission.admit("a", "t", ROUTE)
+    await asyncio.sleep(0.3)
+    assert await reserved(ledger) == 1
+    reservation.leave()
+    async with asyncio.timeout(5):
+        while await reserved(ledger):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_reservation_that_was_lost_is_made_again(ledger):
+    admission = Admission(ledger, window=0.15)
+    reservation = await admission.admit("a", "t", ROUTE)
+    await ledger.release("a")
+    async with asyncio.timeout(5):
+        while not await reserved(ledger):
+            await asyncio.sleep(0.01)
+    await reservation.release()
+
+
+async def test_a_resumed_turn_keeps_what_there_is_and_takes_no_more(ledger):
+    admission = Admission(ledger, window=0.15)
+    await admission.reserve("a", "t", ROUTE)
+    kept, none = admission.resumed("a", "t"), admission.resumed("b", "t")
+    await asyncio.sleep(0.3)
+    assert await reserved(ledger) == 1
+    kept.leave()
+    none.leave()
