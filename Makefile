@@ -22,18 +22,18 @@ $(STAMP): pyproject.toml constraints.txt
 QUESTION := tests/golden/e2e/audio/clip_a2.wav
 
 demo: export OMP_NUM_THREADS = 1  # tiny matrices: threads would only wait for each other
-demo: $(STAMP)  ## a recorded question in, text and speech out, drawn
+demo: $(STAMP)  ## a recorded question through the whole service, and where the time went
 	@mkdir -p demo
 	@test -d demo/model || $(BIN)/kimia checkpoint new --preset tiny demo/model
 	@echo; echo "The question is $(QUESTION), 2.1 s of LibriSpeech. What the model reads of it:"; echo
-	@$(BIN)/kimia explain --model demo/model --audio $(QUESTION)
-	@echo; echo "The answer:"; echo
-	@$(BIN)/kimia generate --model demo/model --audio $(QUESTION) --preset low-latency --seed 7 --max-new-tokens 100 \
-	    --text-temperature 0.7 --audio-temperature 0.8 --audio-top-k 10 \
-	    --out demo/answer.wav --plot demo/answer.svg
-	@echo; echo "Speech: demo/answer.wav   picture: demo/answer.svg"
+	@$(BIN)/kimia explain --model demo/model --audio $(QUESTION) > demo/prompt.txt
+	@awk '/^$$/ { exit } { line[++rows] = $$0 } END { for (n = 1; n <= rows; n++) if (n < 7 || n > rows - 4) print line[n]; else if (n == 7) print "  ..." }' demo/prompt.txt
+	@echo; echo "The service: an embedded Valkey, three stages, an orchestrator, each a process of its own. The answer:"; echo
+	@$(BIN)/kimia up --model demo/model --port 0 --run "$(BIN)/kimia talk $(QUESTION) --seed 7 --max-new-tokens 100 \
+	    --text-temperature 0.7 --audio-temperature 0.8 --audio-top-k 10 --out demo/answer.wav --waterfall demo/waterfall.svg"
+	@echo; echo "Speech: demo/answer.wav   where the time went: demo/waterfall.svg"
 	@echo "These weights are random: every stage really ran, but nothing was understood. With the real ones (26 GB of weights: a GPU of 32 GB or more):"
-	@echo "  .venv/bin/kimia generate --model moonshotai/Kimi-Audio-7B-Instruct --audio $(QUESTION) --out answer.wav"
+	@echo "  .venv/bin/kimia up --model moonshotai/Kimi-Audio-7B-Instruct      and then      .venv/bin/kimia talk $(QUESTION)"
 
 test: $(STAMP)  ## the tests, as continuous integration runs them
 	$(BIN)/python -m pytest

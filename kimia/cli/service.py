@@ -53,7 +53,7 @@ def check_writable(path: Path) -> None:
 def write_wav(path: Path, answer: Answer) -> None:
     """Write an answer's speech, signed 16-bit PCM. Raises ParameterError."""
     try:
-        with wave.open(str(path), "wb") as file:
+        with path.open("wb") as raw, wave.open(raw, "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
             file.setframerate(answer.sample_rate)

@@ -9,7 +9,8 @@
     ...
 
 The axis is the caller's clock and begins with the request. The service's times, taken on the journal's clock, are
-placed behind the event that told the caller of the turn's start; what then is left at the end was the way back.
+placed on it as late as the caller's own marks allow: nothing arrives before it happened. What then is left at the end
+was the way back.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Waterfall:
 
 def waterfall(latency: Latency, times: ClientTimes) -> Waterfall:
     """The phases of a turn, from what the service and the client have measured."""
-    begun = times.started or 0.0
+    begun = _offset(latency, times)
     ended = begun + (latency.total or 0.0)
     total = max(times.total or 0.0, ended)
     phases = [Phase("request", "accepted", "way", 0.0, begun)]
@@ -65,6 +66,18 @@ def waterfall(latency: Latency, times: ClientTimes) -> Waterfall:
         phases.append(Phase("reply", "arrived", "way", ended, total))
     heard = (("first text", times.first_text), ("first audio", times.first_audio), ("end", times.total))
     return Waterfall(tuple(phases), tuple((name, time) for name, time in heard if time is not None), total)
+
+
+def _offset(latency: Latency, times: ClientTimes) -> float:
+    """When the turn began, on the caller's clock: the least time by which something arrived after it happened."""
+    pairs = (
+        (0.0, times.started),
+        (latency.first_text, times.first_text),
+        (latency.first_audio, times.first_audio),
+        (latency.total, times.total),
+    )
+    late = [arrived - happened for happened, arrived in pairs if happened is not None and arrived is not None]
+    return max(min(late, default=0.0), 0.0)
 
 
 def _stage_phases(stage: StageLatency, begun: float) -> list[Phase]:

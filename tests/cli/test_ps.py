@@ -1,0 +1,62 @@
+"""`kimia ps`: replicas, rows, reservations and queues, as the store has them."""
+
+import asyncio
+import json
+
+import pytest
+
+from kimia.cli import main
+from kimia.cli.ps import StageLine, look, table
+from kimia.stage import DETOKENIZER, LLM, TOKENIZER
+from kimia.streams.ledger import Ledger
+from kimia.streams.wire import Wire
+
+pytestmark = pytest.mark.unit
+
+
+async def announced(url: str) -> None:
+    """Two workers of the language model, one of each other stage, one session."""
+    wire = await Wire.connect(url)
+    ledger = Ledger(wire)
+    await ledger.announce(LLM, "llm-a", 4, 3)
+    await ledger.announce(LLM, "llm-b", 4, 1)
+    await ledger.announce(TOKENIZER, "tok-a", 2, 0)
+    await ledger.announce(DETOKENIZER, "det-a", 2, 2)
+    await ledger.reserve("session", "acme", (LLM, DETOKENIZER), 60.0)
+    await wire.aclose()
+
+
+async def test_what_is_there(valkey_url) -> None:
+    await announced(valkey_url)
+    tokenizer, llm, detokenizer = await look(valkey_url, 1)
+    assert tokenizer == StageLine("tokenizer", {"tok-a": (0, 2)}, 2, 0, 0, 0)
+    assert llm == StageLine("llm", {"llm-a": (3, 4), "llm-b": (1, 4)}, 8, 1, 0, 0)
+    assert (llm.used, detokenizer.reserved) == (4, 1)
+
+
+async def test_the_command(valkey_url, capsys) -> None:
+    await announced(valkey_url)
+    assert await asyncio.to_thread(main, ["ps", "--redis", valkey_url]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["stage", "replicas", "rows", "sessions", "waiting", "running"]
+    assert ["llm", "2", "4/8", "1/8", "0", "0"] in [line.split() for line in shown]
+    assert await asyncio.to_thread(main, ["ps", "--redis", valkey_url, "--json"]) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [item["stage"] for item in objects] == ["tokenizer", "llm", "detokenizer"]
+    assert objects[1]["workers"]["llm-a"] == [3, 4]
+
+
+async def test_a_stage_without_worker_is_a_failure(valkey_url, capsys) -> None:
+    assert await asyncio.to_thread(main, ["ps", "--redis", valkey_url]) == 1
+    assert "no live worker: tokenizer, llm, detokenizer" in capsys.readouterr().out
+
+
+def test_nobody_answers(capsys) -> None:
+    assert main(["ps", "--redis", "redis://127.0.0.1:1/0"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_columns_stand_under_one_another() -> None:
+    lines = [StageLine("tokenizer", {"t": (0, 100)}, 100, 12, 3, 4), StageLine("llm", {"l": (1, 2)}, 2, 2, 300, 1)]
+    rows = [line for line in table(lines).splitlines() if not line.startswith("  ")]
+    assert len({len(row) for row in rows}) == 1
