@@ -24,8 +24,8 @@ class Rows:
         return self.count - self.used
 
     def try_acquire(self) -> bool:
-        """Take a row if one is free and nobody waits for it."""
-        if not self.free or self._waiting:
+        """Take a row if one is free; none is while somebody waits."""
+        if not self.free:
             return False
         self.used += 1
         return True

@@ -214,12 +214,39 @@ async def test_a_stage_with_redis_joins_the_pipeline_and_leaves_it(tmp_path, val
         while not (usage := (await ledger.usage())["detokenizer"]).workers:
             await asyncio.sleep(0.01)
         assert usage.capacity == 3
-        assert (await speak(address)).final  # a row here, and one in the ledger
+        for session in "abc":
+            await ledger.reserve(session, "default", [DETOKENIZER], seconds=30)
+        with pytest.raises(grpc.RpcError, match="reserved"):  # all rows are free, but promised to others
+            await speak(address)
+        for session in "abc":
+            await ledger.release(session)
+        assert (await speak(address)).final
         signals.put_nowait("SIGTERM")
         assert await task == 0
     usage = (await ledger.usage())["detokenizer"]
     assert (usage.capacity, usage.reserved) == (0, 0)
     await wire.aclose()
+
+
+async def test_while_the_pipeline_drains_direct_clients_are_refused(tmp_path):
+    class SlowToLeave:
+        def __init__(self):
+            self.asked, self.may_end = asyncio.Event(), asyncio.Event()
+
+        async def drain(self, seconds):
+            self.asked.set()
+            await self.may_end.wait()
+
+    service, worker = StageService(lambda _: FakeDetokenizer(), DETOKENIZER, Settings(redis_url="")), SlowToLeave()
+    async with living(service, tmp_path) as (task, signals, ready):
+        address = await until(ready)
+        service._worker = worker
+        signals.put_nowait("SIGTERM")
+        await worker.asked.wait()
+        with pytest.raises(grpc.RpcError, match="starting or stopping"):
+            await speak(address)
+        worker.may_end.set()
+        assert await task == 0
 
 
 async def test_redis_may_come_later(tmp_path, valkey_url, monkeypatch):
