@@ -81,7 +81,9 @@ def _running(command: list[str], environment: dict[str, str], folder: Path) -> I
         ) as process:
             try:
                 if _ready(process):
-                    yield f"redis://127.0.0.1:{port}/0"
+                    url = f"redis://127.0.0.1:{port}/0"
+                    _hush(url)
+                    yield url
                     return
             finally:
                 process.kill()
@@ -91,6 +93,12 @@ def _running(command: list[str], environment: dict[str, str], folder: Path) -> I
 def _ready(process: subprocess.Popen) -> bool:
     """Read what the server says until it accepts connections; False when it ends instead."""
     return any("Ready to accept connections" in line for line in process.stdout)
+
+
+def _hush(url: str) -> None:
+    """Nobody reads what the server says from now on: a full pipe would stop it."""
+    with redis.Redis.from_url(url) as client:
+        client.config_set("loglevel", "warning")
 
 
 def _free_port() -> int:
