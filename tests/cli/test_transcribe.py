@@ -1,11 +1,17 @@
 """`kimia transcribe`: one line a file, a bad file does not stop the others."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from kimia.cli import main
+from kimia.errors import CapacityError, ConversationError, RequestError
 from kimia.pipeline import KimiAudio
+from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT
+from kimia.v1.turn_pb2 import JOB_CLASS_BATCH
+from tests.client.scripted import done, started, text
 from tests.golden_data import COMMITTED
 
 pytestmark = pytest.mark.parity
@@ -46,3 +52,54 @@ def test_a_bad_file_is_reported_and_the_others_are_done(tiny, tmp_path, capsys) 
     assert captured.out.startswith(CLIPS[1])
     assert "empty.wav: is empty" in captured.err
     assert "message" not in captured.err
+
+
+# ---- by a running service ---------------------------------------------------------------------------------------
+
+
+def ask(scripted, *arguments) -> int:
+    return main(["transcribe", "--server", scripted.target, *arguments])
+
+
+def heard(words: str) -> list:
+    return [started(), text(0, words), done(words)]
+
+
+def test_a_service_transcribes(scripted, capsys) -> None:
+    scripted.generate = [heard("one"), heard("two")]
+    assert ask(scripted, "--max-new-tokens", "8", *CLIPS) == 0
+    assert capsys.readouterr().out == f"{CLIPS[0]}\tone\n{CLIPS[1]}\ttwo\n"
+    request = scripted.requests[0]
+    assert request.messages[0].text.text == "Please transcribe the following audio:"
+    assert request.messages[1].audio.data == Path(CLIPS[0]).read_bytes()
+    assert (request.options.output_type, request.options.max_new_tokens) == (OUTPUT_TYPE_TEXT, 8)
+    assert request.job_class == JOB_CLASS_BATCH
+
+
+def test_a_file_that_the_service_refuses_is_reported(scripted, tmp_path, capsys) -> None:
+    refused = RequestError("is no sound file", field="messages[1].audio.data")
+    scripted.generate = [[refused], [ConversationError("too long", 1)], heard("two")]
+    assert ask(scripted, "--json", CLIPS[0], CLIPS[0], str(tmp_path / "missing.wav"), CLIPS[1]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"file": CLIPS[1], "text": "two"}
+    assert "clip_a2.wav: messages[1].audio.data: is no sound file" in shown.err
+    assert "clip_a2.wav: too long" in shown.err
+    assert "missing.wav: does not exist" in shown.err
+
+
+def test_a_busy_service_is_waited_for(scripted, capsys) -> None:
+    scripted.generate = [[CapacityError("all rows are taken", retry_after=0.01)], heard("one")]
+    assert ask(scripted, CLIPS[0]) == 0
+    assert capsys.readouterr().out == "one\n"
+
+
+def test_the_device_is_the_services_own_matter(scripted, capsys) -> None:
+    assert ask(scripted, "--device", "cpu", CLIPS[0]) == 1
+    assert "--device and --dtype" in capsys.readouterr().err
+
+
+def test_without_the_library_for_bars(scripted, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    scripted.generate = [heard("one"), heard("two")]
+    assert ask(scripted, *CLIPS) == 0
+    assert capsys.readouterr().out.count("\n") == 2
