@@ -1,0 +1,1 @@
+"""Tests of the training room: trainers on synthetic tones, the voices only where they are installed."""

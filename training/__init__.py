@@ -1,0 +1,1 @@
+"""Training of every stage and the recipe of the micro checkpoint; imports kimia.model only."""

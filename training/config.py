@@ -1,0 +1,113 @@
+"""The micro checkpoint's dimensions, and its config files in the released layout.
+
+Everything that the release fixes stays (12.5 Hz tokens, 50 Hz frames, 24 kHz, delay 6, special ids, file names);
+only widths, depths and the segment shrink, until the whole folder is below 40 MB. A sentence of the domain fits into
+8 s, so the encoders' segment is 8 s instead of 30 s: that is what they pad to, and what a short question costs.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from kimia.model import layout
+from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
+from kimia.model.checkpoint_presets import Preset, text_files
+from kimia.model.consistency import ModelConfigs, read_configs
+
+SEGMENT_SECONDS = 8
+MEL_BINS = 80  # of the encoders: the teacher's
+FRAMES = 50 * SEGMENT_SECONDS  # encoder frames of a segment
+CODES = 512
+BLOCK_FRAMES = 200  # 4 s, as in the release
+LIMIT_BYTES = 40_000_000  # of the whole folder
+
+ENCODER = {
+    "d_model": 192,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 768,
+    "num_mel_bins": MEL_BINS,
+    "max_source_positions": FRAMES,
+}
+
+MICRO = Preset(
+    base_tokens=768,
+    audio_codes=CODES,
+    lm={
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "kimia_mimo_layers": 2,
+        "kimia_mimo_transformer_from_layer_index": 3,
+        "num_audio_special_tokens": 32,
+    },
+    whisper=ENCODER,
+    vq=ENCODER
+    | {"d_model": 128, "encoder_ffn_dim": 512}
+    | {"pooling_position": 4, "quantize_position": 4, "quantize_causal_block_size": BLOCK_FRAMES},
+    flow={"hidden_size": 192, "depth": 4, "num_heads": 3},
+    vocoder={
+        "upsample_rates": [5, 4, 4, 3, 2],
+        "upsample_kernel_sizes": [9, 8, 8, 5, 4],
+        "upsample_initial_channel": 160,
+        "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 2,
+    },
+)
+
+PREPROCESSOR = {
+    "chunk_length": SEGMENT_SECONDS,
+    "feature_size": MEL_BINS,
+    "n_samples": 16000 * SEGMENT_SECONDS,
+    "nb_max_frames": 2 * FRAMES,
+}
+TRAINED = {"kimia_random_weights": False}
+STORED_BYTES = {"lm": 2, "whisper": 2, "vq": 2, "flow": 4, "vocoder": 4}  # bfloat16, float16 twice, float32 twice
+
+
+def config_files() -> dict[PurePosixPath, str]:
+    """Every file of the micro checkpoint that is not weights: path in the folder -> content."""
+    files = text_files(MICRO)
+    changes: dict[str, dict[str, Any]] = {
+        "config.json": TRAINED,
+        "whisper-large-v3/preprocessor_config.json": PREPROCESSOR,
+        f"{VQ_TOKENIZER}/preprocessor_config.json": PREPROCESSOR,
+    }
+    for path, change in changes.items():
+        values = json.loads(files[PurePosixPath(path)]) | change
+        files[PurePosixPath(path)] = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return files
+
+
+def write_configs(root: Path) -> Checkpoint:
+    """Write the config files into a folder and open it as a checkpoint (without weights)."""
+    for path, text in config_files().items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text, encoding="utf-8")
+    return Checkpoint(root, root / VQ_TOKENIZER)
+
+
+def micro_configs() -> ModelConfigs:
+    """The configs, read and cross-checked as those of any checkpoint are."""
+    with TemporaryDirectory() as folder:
+        return read_configs(write_configs(Path(folder)))
+
+
+def weight_bytes(configs: ModelConfigs) -> dict[str, int]:
+    """Bytes of each part's weights as stored."""
+    assert configs.flow is not None
+    assert configs.vocoder is not None
+    layouts = {
+        "lm": layout.language_model(configs.lm),
+        "whisper": layout.whisper_encoder(configs.whisper),
+        "vq": layout.vq_tokenizer(configs.vq) | layout.codebook_training_state(configs.vq),
+        "flow": layout.flow(configs.flow),
+        "vocoder": layout.weight_normed(layout.vocoder(configs.vocoder)),
+    }
+    return {part: STORED_BYTES[part] * sum(map(prod, shapes.values())) for part, shapes in layouts.items()}
