@@ -124,8 +124,8 @@ class Loop:
             if not torch.isfinite(value):
                 self.save()
                 raise NumericsError(
-                    f"{self.name}: {key} is {float(value.detach())} at step {step}; the {step} steps before it are kept "
-                    f"in {self.folder / STATE}: look at that step's data, or lower the learning rate, and run again"
+                    f"{self.name}: {key} is {float(value.detach())} at step {step}; what was done before is kept in "
+                    f"{self.folder / STATE}: look at that step's data, or lower the learning rate, and run again"
                 )
 
     @torch.no_grad()
