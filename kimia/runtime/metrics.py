@@ -62,10 +62,10 @@ SESSIONS = Gauge("kimia_sessions", "Calls and turns that this process serves")
 # ---- admission ----
 REFUSED = Counter("kimia_refused", "Admissions refused for want of a row, by the stage that lacks it", ["stage"])
 CAPACITY = Gauge(
-    "kimia_capacity_rows", "Rows of the stage in all live workers together, as each of them sees it", ["stage"]
+    "kimia_capacity_rows", "Rows of the stage in all live workers together; told by orchestrators", ["stage"]
 )
 RESERVED = Gauge(
-    "kimia_reserved_rows", "Rows of the stage that sessions have reserved, as each worker sees it", ["stage"]
+    "kimia_reserved_rows", "Rows of the stage that sessions have reserved; told by orchestrators", ["stage"]
 )
 
 

@@ -33,7 +33,7 @@ from kimia.errors import KimiaError, UnavailableError
 from kimia.runtime import direct
 from kimia.runtime.health import Health
 from kimia.runtime.logs import configure, get_logger
-from kimia.runtime.metrics import CAPACITY, RESERVED, ROWS, ROWS_USED, MetricsServer, start_metrics
+from kimia.runtime.metrics import ROWS, ROWS_USED, MetricsServer, start_metrics
 from kimia.runtime.rows import Rows
 from kimia.runtime.server import bind, build_server, offer_reflection
 from kimia.runtime.settings import Settings, read_settings
@@ -41,14 +41,12 @@ from kimia.stage import Stage, StageKind
 
 if TYPE_CHECKING:
     from kimia.runtime.worker import Worker
-    from kimia.streams.ledger import Ledger
     from kimia.streams.wire import Wire
 
 __all__ = ["Service", "connect", "consumer_name", "run_service", "run_stage"]
 
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.1, 5.0  # between attempts to reach Redis
 
-REPORT_SECONDS = 5.0  # between looks at the ledger
 PATIENCE_SECONDS = 5.0  # for a drain that does not keep to its time
 
 T = TypeVar("T")
@@ -244,7 +242,6 @@ class StageService:
         self._direct = direct.Direct(kind, self._rows, settings)
         self._wire: Wire | None = None
         self._worker: Worker | None = None
-        self._ledger: Ledger | None = None
         self._drained = asyncio.Event()
         ROWS.labels(stage=kind.name).set(self._rows.count)
         ROWS_USED.labels(stage=kind.name).set_function(lambda: self._rows.used)
@@ -269,19 +266,11 @@ class StageService:
         consumer = consumer_name(self.name)
         self._worker = Worker(stage, self._wire, self._rows, consumer, checkpoint_name(stage, self._settings))
         log.info("joining", consumer=consumer, rows=self._rows.count)
-        self._ledger = Ledger(self._wire)
-        self._direct.open(stage, self._ledger)
+        self._direct.open(stage, Ledger(self._wire))
 
     async def run(self) -> None:
         """Serve the pipeline; without one, wait for the end."""
-        if self._worker is None or self._ledger is None:
-            await self._drained.wait()
-            return
-        reporting = asyncio.create_task(report(self._ledger, self.name))
-        try:
-            await self._worker.run()
-        finally:
-            await _cancelled(reporting)
+        await (self._drained.wait() if self._worker is None else self._worker.run())
 
     async def drain(self, seconds: float) -> None:
         """Refuse direct clients, hand the pipeline's turns over that do not end in time."""
@@ -294,16 +283,6 @@ class StageService:
         """Leave Redis."""
         if self._wire is not None:
             await self._wire.aclose()
-
-
-async def report(ledger: Ledger, stage: str) -> None:
-    """Tell again and again how many rows of the stage there are in all, and how many are reserved."""
-    while True:
-        with contextlib.suppress(UnavailableError):  # the worker tells of it
-            usage = (await ledger.usage())[stage]
-            CAPACITY.labels(stage=stage).set(usage.capacity)
-            RESERVED.labels(stage=stage).set(usage.reserved)
-        await asyncio.sleep(REPORT_SECONDS)
 
 
 def consumer_name(kind: str) -> str:
