@@ -66,6 +66,7 @@ class Call:
     """One connection of a session. `responses` is all there is to run."""
 
     def __init__(self, desk: Desk) -> None:
+        self._desk = desk
         self._turns = desk.turns
         self._admission = desk.admission
         self._limits = desk.limits
@@ -291,9 +292,10 @@ class Call:
             if action.ends is not None:
                 end = InputAudio(clip=action.ends, clip_end=True)
                 last = [Chunk(index=self._next_chunk, final=True, input=end)]
-            started = await self._turns.start(opened, wanted, lambda record: _take_collected(record, index), last)
+            start = self._turns.start(opened, wanted, lambda record: _take_collected(record, index), last)
         else:
-            started = await self._turns.start(opened, wanted)
+            start = self._turns.start(opened, wanted)
+        started = await self._desk.finish(start)
         turn_id = started if isinstance(started, str) else started.id
         told = self._machine.submitted(turn_id)
         await self._follow(turn_id)
@@ -346,9 +348,8 @@ class Call:
         following = await self._stop_following(turn_id)
         if following is not None:
             heard = following.sent_ms if heard is None else min(heard, following.sent_ms)
-        await patiently(lambda: self._turns.journal.cancel(turn_id))
-        head = await patiently(lambda: self._turns.journal.head(turn_id))
-        settled = await self._turns.settle(head, heard)
+        settled = await self._desk.finish(self._turns.stop(turn_id, heard))
+        head = settled.head
         if head.state == "error":
             await self._tell(TurnEvent(turn_id=turn_id, failed=head.failure))
         else:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from kimia.errors import KimiaError, NotFoundError
 from kimia.runtime.logs import get_logger
@@ -17,6 +17,8 @@ from orchestrator.following import Following
 from orchestrator.outcome import count, last_event
 from orchestrator.records import patiently
 from orchestrator.turn import Turns
+
+T = TypeVar("T")
 
 log = get_logger()
 
@@ -37,13 +39,27 @@ class Desk:
         self.admission = admission
         self.limits = limits
         self._followers: Counter[str] = Counter()
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
 
     async def aclose(self) -> None:
         """Do what is still to be done, at once."""
         self._closing.set()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self.turns.aclose()
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of something that is done to its end even when the call that asks for it is cut off."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        """What fails is raised where it is awaited; a call that was cut off awaits nothing any more."""
+        self._background.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something after the call that asks for it, whose task may be cancelled."""

@@ -166,6 +166,7 @@ def remember(record: SessionRecord, turn: Turn, encoded: Sequence[Chunk], answer
 def end_turn(record: SessionRecord) -> None:
     """No turn is running any more; what it was asked and has not become part of the conversation is forgotten."""
     del record.asked[:]
+    record.ClearField("starting")
     record.running_turn_id = ""
     record.heard_ms = 0
     sources = {clip.source_turn for clip in clips_of([*record.messages, *record.pending])}

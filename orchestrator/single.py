@@ -62,7 +62,7 @@ async def generate(desk: Desk, ask: Ask) -> AsyncGenerator[TurnEvent]:
     reservation = await desk.admission.admit(ask.session_id, ask.caller.tenant, route)
     finished, started = False, ""
     try:
-        started = await _started(desk.turns, ask)
+        started = await desk.finish(_started(desk.turns, ask))
         following = await desk.turns.follow(started, ask.caller.tenant, Position())
         async with aclosing(desk.told(following)) as events:
             async for event in events:

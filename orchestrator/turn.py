@@ -7,6 +7,7 @@ that, and does so when it next needs the session, so nothing is lost with the pr
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,8 @@ from orchestrator.session import LARGEST_PIECE
 from orchestrator.sound import output_format
 
 APPENDED_AT_ONCE = 16  # pieces of input in one call to the journal: 1 MiB
+STARTING_SECONDS = 1.0  # after which a turn that was claimed and not submitted is submitted by whoever needs it
+STARTING_PAUSE = 0.02  # seconds between two looks
 
 log = get_logger()
 
@@ -149,6 +152,14 @@ class Turns:
         self.inbox = inbox
         self.blobs = Blobs(wire)
         self.records = Records(wire, self.journal)
+        self._rescues: dict[str, asyncio.Task[None]] = {}
+
+    async def aclose(self) -> None:
+        """End what goes on beside the calls."""
+        tasks = list(self._rescues.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def open(self, session_id: str, caller: Caller, turn_id: str = "") -> OpenInput:
         """A new turn of the session, ready for input. Raises NotFoundError for a deleted session."""
@@ -195,9 +206,11 @@ class Turns:
                 record.asked.extend(wanted.asked)
                 record.running_turn_id = opened.turn_id
                 record.turn_ids.append(opened.turn_id)
+                record.starting.CopyFrom(prepared(opened.turn_id, record.messages, wanted))
+                record.starting.ClearField("messages")
                 if wanted.key:
                     record.turn_of_key[wanted.key] = opened.turn_id
-            return prepared(opened.turn_id, record.messages, wanted)
+            return starting(record)
 
         turn = await self.records.change(session_id, claim)
         if isinstance(turn, Turn):
@@ -209,8 +222,58 @@ class Turns:
             await self.append(opened, last)
             await patiently(lambda: self.journal.submit(turn, opened.token))
         except KimiaError:
+            if await self._is_submitted(turn.id):  # by another process, which has taken the turn over
+                return
             await self.records.change(turn.session_id, lambda record: _end(record, turn.id))
             raise
+        log.info("turn submitted", turn=turn.id, stages=len(turn.route), messages=len(turn.messages))
+
+    async def _is_submitted(self, turn_id: str) -> bool:
+        try:
+            return bool((await patiently(lambda: self.journal.head(turn_id))).submitted)
+        except NotFoundError:
+            return False
+
+    async def _submitted(self, turn_id: str) -> Head:
+        """The head of a turn once it is submitted: soon, or now, where its process died between two writes.
+
+        Raises NotFoundError; StateError for a turn that is only collecting.
+        """
+        end = time.monotonic() + STARTING_SECONDS
+        while True:
+            head = await patiently(lambda: self.journal.head(turn_id))
+            if head.state != "open":
+                return head
+            record, _ = await patiently(lambda: self.journal.load_session(keys.session_of(turn_id)))
+            if record.running_turn_id != turn_id:
+                raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
+            if time.monotonic() > end:
+                await self._submit_again(record)
+            await asyncio.sleep(STARTING_PAUSE)
+
+    def _rescue(self, turn_id: str) -> None:
+        """See to it that a turn that was claimed is submitted, beside whatever needs it."""
+        if turn_id not in self._rescues:
+            self._rescues[turn_id] = asyncio.create_task(self._rescued(turn_id))
+            self._rescues[turn_id].add_done_callback(lambda _: self._rescues.pop(turn_id))
+
+    async def _rescued(self, turn_id: str) -> None:
+        try:
+            await self._submitted(turn_id)
+        except KimiaError as error:
+            log.warning("turn not submitted", turn=turn_id, error=str(error))
+
+    async def _submit_again(self, record: SessionRecord) -> None:
+        """Do what is left of a start: the end of the input, the submission. Whoever else tries is fenced off."""
+        turn = starting(record)
+        opened = await self.reopen(turn.id)
+        written = await patiently(lambda: self.journal.read(turn.id, "input"))
+        last = []
+        if written and not written[-1].final:
+            end = InputAudio(clip=written[-1].input.clip, clip_end=True)
+            last = [Chunk(index=len(written), final=True, input=end)]
+        log.warning("turn submitted again", turn=turn.id)
+        await self._submit(turn, opened, last)
 
     async def _missing_blobs(self, messages: Sequence[Message]) -> list[str]:
         names = feature_keys(messages)
@@ -222,11 +285,13 @@ class Turns:
         """Read a turn of this tenant, here from now on. Raises NotFoundError; StateError while it is not submitted."""
         feed = self.inbox.feed(turn_id)
         try:
-            await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))
             head = await patiently(lambda: self.journal.head(turn_id))
             if head.turn.caller.tenant != tenant:
                 raise NotFoundError(f"no turn {turn_id}: it has expired or was deleted", field="turn_id")
-            if head.state == "open" or not head.submitted:
+            head = await self._submitted(turn_id)
+            if head.reader != self.inbox.owner:
+                await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))
+            if not head.submitted:
                 raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
         except BaseException:
             feed.close()
@@ -245,6 +310,8 @@ class Turns:
         except NotFoundError:
             await self.records.change(session_id, lambda fresh: _end(fresh, record.running_turn_id))
             return await self.records.load(session_id, tenant)
+        if head.state == "open":
+            self._rescue(head.turn.id)
         if not head.over:
             return record
         await self.settle(head)
@@ -266,6 +333,11 @@ class Turns:
         )
         return Settled(head, _reports({TOKENIZER.name: encoded, LLM.name: steps}), codes)
 
+    async def stop(self, turn_id: str, heard_ms: int | None) -> Settled:
+        """Cancel a turn and settle it. Raises NotFoundError when it is gone."""
+        await patiently(lambda: self.journal.cancel(turn_id))
+        return await self.settle(await patiently(lambda: self.journal.head(turn_id)), heard_ms)
+
     async def cut(self, turn_id: str, heard_ms: int | None) -> int:
         """Cut the answer of a turn that was settled to what was heard; the codes that are left of it."""
         answer = None
@@ -281,6 +353,14 @@ def check_idle(record: SessionRecord) -> None:
         raise StateError(
             f"turn {record.running_turn_id} of the session is being answered; cancel it first, or wait for it"
         )
+
+
+def starting(record: SessionRecord) -> Turn:
+    """The running turn of a session, whole."""
+    turn = Turn()
+    turn.CopyFrom(record.starting)
+    turn.messages.extend(conversation(turn.id, record.messages, record.asked))
+    return turn
 
 
 def _end(record: SessionRecord, turn_id: str) -> None:

@@ -63,6 +63,7 @@ class SessionRecord(_message.Message):
     ASKED_FIELD_NUMBER: _builtins.int
     ONE_OFF_FIELD_NUMBER: _builtins.int
     TURN_OF_KEY_FIELD_NUMBER: _builtins.int
+    STARTING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The session."""
     running_turn_id: _builtins.str
@@ -113,6 +114,12 @@ class SessionRecord(_message.Message):
     def turn_of_key(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Idempotency keys of its turns."""
 
+    @_builtins.property
+    def starting(self) -> _turn_pb2.Turn:
+        """The running turn as it is to be submitted, without its messages (`messages`, then `asked`): whoever finds it not
+        submitted does that.
+        """
+
     def __init__(
         self,
         *,
@@ -131,10 +138,11 @@ class SessionRecord(_message.Message):
         asked: _abc.Iterable[_conversation_pb2.Message] | None = ...,
         one_off: _builtins.bool = ...,
         turn_of_key: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        starting: _turn_pb2.Turn | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "input_format", b"input_format", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "input_format", b"input_format", "options", b"options", "starting", b"starting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "turn_ids", b"turn_ids", "turn_of_key", b"turn_of_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "starting", b"starting", "turn_ids", b"turn_ids", "turn_of_key", b"turn_of_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

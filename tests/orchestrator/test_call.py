@@ -7,6 +7,7 @@ from kimia.runtime.fake import read_pcm
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
+from orchestrator import turn as turn_module
 from orchestrator.desk import Limits
 from orchestrator.memory import answer_of
 from tests.orchestrator.world import (
@@ -524,3 +525,59 @@ async def test_a_session_deleted_during_its_call_ends_it(world):
         await call.event("audio")
         await world.stub.DeleteSession(pb.DeleteSessionRequest(session_id="s"))
         assert isinstance(await call.error(), NotFoundError)
+
+
+# ---- a process that dies ----------------------------------------------------------------------------------------
+
+
+async def dies_before_submitting(turns, monkeypatch):
+    """A process whose turns are claimed and never submitted."""
+
+    async def die(*_):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(turns, "_submit", die)
+    monkeypatch.setattr(turn_module, "STARTING_SECONDS", 0.05)
+
+
+async def test_a_turn_that_was_claimed_is_submitted_by_the_next_process(world, monkeypatch):
+    host = await world.begin()
+    await world.host()
+    await dies_before_submitting(host.desk.turns, monkeypatch)
+    async with world.call(session_id="s") as call:
+        await call.speak(3)
+        await call.send(commit=pb.Commit(idempotency_key="k"))
+
+        async def claimed():
+            return bool((await world.journal.load_session("s"))[0].running_turn_id)
+
+        await world.until_async(claimed)
+    async with world.call(host=1, session_id="s") as call:
+        assert (await call.ready()).next_audio_index == 3
+        events = await call.answer(idempotency_key="k")
+    assert events[-1].HasField("done")
+    log = await world.journal.read(events[0].turn_id, "input")
+    assert sum(bool(chunk.input.data) for chunk in log) == 3
+    assert [chunk.final for chunk in log] == [False, False, False, True]
+
+
+async def test_it_is_submitted_even_if_nobody_asks_for_it(world, monkeypatch):
+    host = await world.begin()
+    await world.host()
+    await dies_before_submitting(host.desk.turns, monkeypatch)
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        await call.send(text=pb.CallerText(text="hello"))
+        await call.send(commit=pb.Commit(options=TEXT_ONLY))
+
+        async def claimed():
+            return bool((await world.session("s")).running_turn_id)
+
+        await world.until_async(claimed)
+    async with world.call(host=1, session_id="s") as call:
+        await call.ready()
+
+        async def answered():
+            return len((await world.hosts[1].stub.GetSession(pb.GetSessionRequest(session_id="s"))).messages) == 2
+
+        await world.until_async(answered)
