@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.fake:
         check_model(model_location(args))
     check_port(args.host, args.port)
+    args.port = args.port or free_port()  # chosen here: a process that starts again must come back to the same
     with store(args.redis, args.data) as (redis_url, store_part), scratch() as ready:
         plan = Plan(args, root, redis_url, ready)
         parts = [[store_part] if store_part else [], plan.stages(replicas), [plan.orchestrator()]]

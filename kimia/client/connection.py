@@ -26,7 +26,7 @@ TRANSPORT_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.Statu
 class ClientOptions:
     """Limits and patience of a client."""
 
-    attempts: int = 10  # in a row without a new event; about 12 s
+    attempts: int = 16  # in a row without a new event; about 22 s: a process that starts again needs several
     first_delay: float = 0.1  # seconds before the second attempt; doubles
     longest_delay: float = 2.0  # seconds
     patience: float = 0.0  # seconds to go on asking for a row when the service is at capacity

@@ -111,6 +111,10 @@ class Call:
                     return
             except grpc.RpcError as error:
                 lost = error
+            except KimiaError as error:  # a gap: nothing that follows could be trusted
+                self._failure = error
+                self._hang_up()
+                raise
             self._again(lost)
             self._connect()
 

@@ -22,7 +22,7 @@ FAST = ClientOptions(
 NATIVE = AudioFormat(encoding=ENCODING_PCM_S16LE, sample_rate=24000)
 TURN = "session.turn"
 
-Script = Callable[..., AsyncIterator[object]]
+REST = object()  # an entry of a call's script: read until the client has finished
 
 
 class Drop(Exception):
@@ -79,7 +79,9 @@ class Scripted(KimiAudioServicer):
     async def Converse(self, request_iterator, context):
         self.heard.append([])
         for entry in self.converse.pop(0):
-            if callable(entry):
+            if entry is REST:
+                self.heard[-1].extend([request async for request in request_iterator])
+            elif callable(entry):
                 self.heard[-1].extend([await anext(request_iterator) for _ in range(entry())])
             else:
                 await self._break(entry, context)
