@@ -25,6 +25,7 @@ from training.texts import sample_text
 from training.voices import BY_NAME, CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, STRANGERS, Cache, Voice
 
 LIST = "corpus.jsonl"
+PACKED, PACKED_INDEX = "corpus.npy", "corpus.index.json"
 TOKEN_SAMPLES = 1920  # at SPEECH_RATE: one semantic token, 80 ms
 LEAST_SECONDS, MOST_SECONDS = 0.3, 15.0  # of a sentence of the domain; anything else is a failed synthesis
 
@@ -120,7 +121,36 @@ def load_clips(folder: Path, split: str, voice: str | None = None, limit: int | 
     """Clips of one split, of one voice where named, in the list's order."""
     items = enumerate(read_list(folder), 1)
     wanted = [(n, item) for n, item in items if item.split == split and voice in (None, item.voice)][:limit]
-    return [load_clip(folder, item, n) for n, item in tqdm(wanted, desc=f"clips ({split})", disable=None)]
+    packed = _unpacked(folder)
+    return [
+        Clip(item, packed[item]) if item in packed else load_clip(folder, item, n)
+        for n, item in tqdm(wanted, desc=f"clips ({split})", disable=None)
+    ]
+
+
+# ---- all sound in one file --------------------------------------------------------------------------------------
+
+
+def pack(folder: Path, clips: Sequence[Clip]) -> None:
+    """Put the sound of clips end to end into one file, from which a trainer starts at once."""
+    ends = np.cumsum([len(clip.speech) for clip in clips]).tolist()
+    index = [asdict(clip.item) | {"end": end} for clip, end in zip(clips, ends, strict=True)]
+    with whole_file(folder / PACKED) as partial, open(partial, "wb") as file:
+        np.save(file, np.concatenate([clip.speech for clip in clips]))
+    with whole_file(folder / PACKED_INDEX) as partial:
+        partial.write_text(json.dumps(index), encoding="utf-8")
+
+
+def _unpacked(folder: Path) -> dict[Item, np.ndarray]:
+    """The packed sound by item, mapped, not read; empty where nothing is packed. Raises AudioError."""
+    if not (folder / PACKED_INDEX).exists():
+        return {}
+    rows = json.loads((folder / PACKED_INDEX).read_text(encoding="utf-8"))
+    sound = np.load(folder / PACKED, mmap_mode="r")
+    ends = [row.pop("end") for row in rows]
+    if not ends or ends[-1] != len(sound):
+        raise AudioError(f"{folder / PACKED}: does not match its index; delete both files and make the corpus again")
+    return {Item(**row): sound[start:end] for row, start, end in zip(rows, [0, *ends], ends, strict=False)}
 
 
 def main() -> None:
@@ -134,8 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     items = plan(options.speaker, options.callers, options.test, options.seed)
     write_list(options.out, items)
-    for number, item in enumerate(tqdm(items, desc="speaking"), 1):
-        load_clip(options.out, item, number)
+    pack(options.out, [load_clip(options.out, item, n) for n, item in enumerate(tqdm(items, desc="speaking"), 1)])
 
 
 if __name__ == "__main__":

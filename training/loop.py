@@ -45,7 +45,7 @@ class Plan:
     average: float = 0.995  # decay of the averaged weights
     weight_decay: float = 0.01
     seconds: float = math.inf  # after which the run ends, resumable
-    save_every: int = 200  # steps
+    save_every: float = 60.0  # seconds
     report_every: int = 20  # steps
 
 
@@ -79,7 +79,8 @@ class Loop:
     def run(self) -> Progress:
         """Train until the plan's steps are done or its seconds are over. Resumes. Raises NumericsError."""
         self.resume()
-        began, spent = time.monotonic(), self.progress.seconds
+        began = saved = time.monotonic()
+        spent = self.progress.seconds
         cpu_began, cpu_spent = time.process_time(), self.progress.cpu_seconds
         self.module.train()
         with tqdm(total=self.plan.steps, initial=self.progress.step, desc=self.name, disable=None) as bar:
@@ -88,8 +89,9 @@ class Loop:
                 self.progress.seconds = spent + time.monotonic() - began
                 self.progress.cpu_seconds = cpu_spent + time.process_time() - cpu_began
                 self._report(bar)
-                if self.progress.step % self.plan.save_every == 0:
+                if time.monotonic() - saved > self.plan.save_every:
                     self.save()
+                    saved = time.monotonic()
         self.save()
         self.draw()
         self.module.eval()

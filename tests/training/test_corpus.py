@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from kimia.errors import AudioError, ParameterError
-from training.corpus import LIST, TOKEN_SAMPLES, Item, load_clip, load_clips, plan, read_list, write_list
+from training.corpus import LIST, PACKED, TOKEN_SAMPLES, Item, load_clip, load_clips, pack, plan, read_list, write_list
 from training.texts import is_held_out
 from training.voices import BY_NAME, SPEECH_RATE, Cache
 
@@ -82,3 +82,25 @@ def test_clips_are_chosen_by_split_and_voice(tmp_path):
     assert [clip.item for clip in load_clips(tmp_path, "train")] == items[:2]
     assert [clip.item for clip in load_clips(tmp_path, "train", "hibari")] == [HELLO]
     assert [clip.item for clip in load_clips(tmp_path, "train", limit=1)] == [HELLO]
+
+
+def test_packed_sound_is_the_same_sound(tmp_path):
+    items = [HELLO, Item("seen", "hibari", "goodbye")]
+    write_list(tmp_path, items)
+    for seconds, item in enumerate(items, 1):
+        put(tmp_path, item, seconds / 2)
+    clips = [load_clip(tmp_path, item, 1) for item in items]
+    pack(tmp_path, clips)
+    for clip in clips:
+        Cache(tmp_path).path(BY_NAME["hibari"], clip.item.text).unlink()
+        [read] = load_clips(tmp_path, clip.item.split)
+        np.testing.assert_array_equal(read.speech, clip.speech)
+
+
+def test_packed_sound_that_does_not_match_its_index_is_refused(tmp_path):
+    write_list(tmp_path, [HELLO])
+    put(tmp_path, HELLO, 0.5)
+    pack(tmp_path, load_clips(tmp_path, "train"))
+    np.save(tmp_path / PACKED, np.zeros(7, np.int16))
+    with pytest.raises(AudioError, match="delete both"):
+        load_clips(tmp_path, "train")

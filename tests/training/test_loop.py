@@ -12,7 +12,7 @@ from training.loop import CURVE, HISTORY, STATE, Loop, Plan, averaged_weights
 
 pytestmark = pytest.mark.unit
 
-PLAN = Plan(steps=40, learning_rate=0.1, warmup=5, save_every=10, report_every=10, average=0.9)
+PLAN = Plan(steps=40, learning_rate=0.1, warmup=5, report_every=10, average=0.9)
 
 
 def line(start=0.0):

@@ -1,0 +1,107 @@
+"""Batches: repeatable, aligned, with targets only where there are any."""
+
+import numpy as np
+import pytest
+import torch
+
+from training.augment import Chances
+from training.hearing import FRAME_SAMPLES, Hearing, lesson_loss, letters_loss
+from training.scores import CLASSES
+from training.teacher import TEACHER_WIDTH
+
+pytestmark = pytest.mark.unit
+
+SAME = Chances(resample=0, noise=0, phone=0, gain_db=(0, 0))
+ALWAYS_FASTER = Chances(resample=1, noise=0, phone=0)
+
+
+class Parrot:
+    """A teacher whose state of a frame is the frame's loudness."""
+
+    def __init__(self):
+        self.lessons = 0
+
+    def hear(self, wave):
+        self.lessons += 1
+        frames = np.pad(wave, (0, -len(wave) % FRAME_SAMPLES)).reshape(-1, FRAME_SAMPLES)
+        return torch.from_numpy(np.abs(frames).mean(1, keepdims=True)).expand(-1, TEACHER_WIDTH)
+
+
+def hearing(configs, clips, teacher=None):
+    return Hearing(clips, teacher, configs.vq_features, configs.vocoder, configs.flow, seed=1)
+
+
+def test_a_step_s_batch_is_the_same_in_every_run(configs, tone_clips):
+    first, again = (hearing(configs, tone_clips).batch(5, 4) for _ in range(2))
+    torch.testing.assert_close(first.mel, again.mel, rtol=0, atol=0)
+    assert first.letters.tolist() == again.letters.tolist()
+    assert not torch.equal(first.mel, hearing(configs, tone_clips).batch(6, 4).mel)
+
+
+def test_shapes_fit_together(configs, tone_clips):
+    batch = hearing(configs, tone_clips).batch(0, 4, SAME)
+    frames = batch.taught.shape[1]
+    assert batch.mel.shape == (4, 80, 2 * frames)
+    assert batch.spoken.shape == (4, frames, 80)
+    assert batch.frames.sum(1).tolist() == [-(-samples // FRAME_SAMPLES) for samples in batch.samples.tolist()]
+    assert len(batch.letters) == batch.letter_counts.sum()
+
+
+def test_only_the_speaking_voice_has_a_mel_to_draw(configs, tone_clips):
+    made = hearing(configs, tone_clips)
+    callers = [clip for clip in tone_clips if clip.item.voice != "hibari"]
+    assert all(made.speech_target(clip) is None for clip in callers)
+    assert not hearing(configs, callers).batch(0, 4).has_spoken.any()
+    speaker = [clip for clip in tone_clips if clip.item.voice == "hibari"]
+    batches = [hearing(configs, speaker).batch(step, 4, ALWAYS_FASTER) for step in range(8)]
+    shares = torch.cat([batch.has_spoken for batch in batches])
+    assert 0 < shares.mean() < 1  # what is sped up has lost its target
+    assert all(batch.spoken[batch.has_spoken == 0].abs().sum() == 0 for batch in batches)
+
+
+def test_the_teacher_hears_a_clip_once_and_not_all_of_them(configs, tone_clips):
+    teacher = Parrot()
+    made = hearing(configs, tone_clips, teacher)
+    batches = [made.batch(step, 8) for step in range(4)]
+    assert teacher.lessons == 1  # of eight
+    assert all(batch.has_taught.sum() == 1 for batch in batches)
+
+
+def test_lessons_follow_the_changed_pace(configs, tone_clips):
+    made = hearing(configs, tone_clips[1:2], Parrot())
+    batch = made.batch(0, 1, ALWAYS_FASTER)
+    assert made.clips[0].item.voice == "flite-slt"
+    taught = batch.taught[0, batch.frames[0], 0]
+    assert (taught > 0).all()
+    assert len(taught) != made.clips[0].tokens * 4
+
+
+def test_the_lesson_is_learned_by_saying_what_the_teacher_said(configs, tone_clips):
+    batch = hearing(configs, tone_clips, Parrot()).batch(0, 8, SAME)
+    noisy = torch.randn(batch.taught.shape, generator=torch.Generator().manual_seed(0))
+    heard = batch.taught[batch.frames & (batch.has_taught > 0)[:, None]]
+    perfect = batch.taught - heard.mean(0)
+    assert lesson_loss(perfect, batch) == pytest.approx(0.0, abs=1e-5)
+    assert lesson_loss(noisy, batch) > 0.5
+
+
+def test_without_a_lesson_nothing_is_lost(configs, tone_clips):
+    batch = hearing(configs, tone_clips).batch(0, 4)
+    guessed = torch.ones(batch.taught.shape, requires_grad=True)
+    loss = lesson_loss(guessed, batch)
+    loss.backward()
+    assert loss == 0
+
+
+def test_letters_cost_nothing_when_they_stand_in_the_frames(configs, tone_clips):
+    batch = hearing(configs, tone_clips).batch(0, 3, SAME)
+    logits = torch.zeros(*batch.taught.shape[:2], CLASSES)
+    logits[..., 0] = 50.0
+    place = 0
+    for row, count in enumerate(batch.letter_counts.tolist()):
+        for position, letter in enumerate(batch.letters[place : place + count].tolist()):
+            logits[row, 2 * position] = 0.0
+            logits[row, 2 * position, letter] = 50.0
+        place += count
+    assert letters_loss(logits, batch) == pytest.approx(0.0, abs=1e-3)
+    assert letters_loss(torch.zeros_like(logits), batch) > 1
