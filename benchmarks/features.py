@@ -64,7 +64,7 @@ class Source(TokenizerServicer):
     def __init__(self) -> None:
         self._pieces = {seconds: pieces(seconds) for seconds in LENGTHS}
 
-    async def Encode(  # type: ignore[override]
+    async def Encode(
         self,
         request_iterator: AsyncIterator[EncodeRequest],
         context: object,  # noqa: ARG002

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from kimia.cli.up import answers, free_port, store_binary
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tokenizer", "llm", "detokenizer")
@@ -147,9 +150,8 @@ def _process(command: list[str], environment: Mapping[str, str], log: Path) -> I
             process.wait()
 
 
-def _wait(is_ready: object, process: subprocess.Popen[bytes], name: str, log: Path) -> None:
+def _wait(is_ready: Callable[[], bool], process: subprocess.Popen[bytes], name: str, log: Path) -> None:
     """Until a process is ready. Raises RuntimeError with its last words when it ends or takes too long."""
-    assert callable(is_ready)
     deadline = time.monotonic() + START_SECONDS
     while not is_ready():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -158,9 +160,9 @@ def _wait(is_ready: object, process: subprocess.Popen[bytes], name: str, log: Pa
         time.sleep(0.02)
 
 
-def run(main: object) -> object:
+def run(main: Coroutine[Any, Any, T]) -> T:
     """asyncio.run on uvloop, as the service's processes do."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)  # type: ignore[arg-type]
+        return runner.run(main)

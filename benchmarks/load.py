@@ -94,7 +94,7 @@ async def drive(address: str, load: Load) -> Results:
         begun = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for _ in range(load.callers):
-                group.create_task(_caller(kimia, load, left, results, begun + load.seconds))  # type: ignore[arg-type]
+                group.create_task(_caller(kimia, load, left, results, begun + load.seconds))
         results.seconds = time.perf_counter() - begun
     return results
 

@@ -46,11 +46,11 @@ async def rewriting(url: str) -> AsyncIterator[dict[str, Any]]:
 async def _rewrite(client: redis.Redis, found: dict[str, Any]) -> None:
     while True:
         await client.bgrewriteaof()
+        fork = (await client.info("stats"))["latest_fork_usec"] / 1e3
+        found["longest_fork_ms"] = max(found["longest_fork_ms"], fork)
         while (await client.info("persistence"))["aof_rewrite_in_progress"]:
             await asyncio.sleep(0.02)
         found["rewrites"] += 1
-        fork = (await client.info("stats"))["latest_fork_usec"] / 1e3
-        found["longest_fork_ms"] = max(found["longest_fork_ms"], fork)
         await asyncio.sleep(0.1)
 
 
@@ -96,11 +96,12 @@ async def log_sizes(url: str, turn_ids: Sequence[str], speech_seconds_per_turn: 
     async with redis.Redis.from_url(url, protocol=2) as client:
         found: dict[str, Any] = {}
         for name in keys.LOGS:
-            logs = [await client.xrange(keys.log(P, turn, name)) for turn in some]
+            logs: list[Any] = [await client.xrange(keys.log(P, turn, name)) for turn in some]
             sizes = [len(fields[b"c"]) for log in logs for _, fields in log]
             found[name] = {"messages": len(sizes) / seconds, "bytes": sum(sizes) / seconds}
         inboxes = [key async for key in client.scan_iter(match=f"{P}:inbox:*")]
-        pointers = [fields for key in inboxes for _, fields in await client.xrevrange(key, count=50)]
+        latest: list[Any] = [await client.xrevrange(key, count=50) for key in inboxes]
+    pointers = [fields for entries in latest for _, fields in entries]
     sizes = [len(name) + len(value) for fields in pointers for name, value in fields.items()]
     return {"logs": found, "bytes_of_a_pointer": float(np.mean(sizes))}
 
