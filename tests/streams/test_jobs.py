@@ -502,6 +502,8 @@ async def test_a_worker_that_is_wanted_gets_the_turn_once(world):
     turn = await world.submitted(worker="wanted")
     [claim] = await wanted.sweep(1)
     assert (claim.turn, claim.job_key) == (turn, keys.jobs("{0}", "llm", "interactive"))
+    copies = await world.redis.xpending(keys.worker_jobs("{0}", "llm", "wanted"), keys.GROUP)
+    assert copies["pending"] == 0
     assert await other.sweep(5) == await wanted.sweep(5) == []
     assert await world.holder(claim) == "wanted"  # the class entry was handed to the owner
     await wanted.publish(claim, step(0, final=True))

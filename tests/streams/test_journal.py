@@ -382,6 +382,7 @@ async def test_deletion_takes_the_blobs_that_a_turn_has_used(world):
     claim = await world.claimed(worker, new_turn(route=SPEECH))
     await world.redis.set("{0}:blob:a", b"features", ex=100)
     await worker.publish(claim, encoded(0, key="{0}:blob:a"))
+    assert keys.session_blobs("{0}", "s1") in await world.names() - await world.permanent()
     await world.journal.delete_session("s1")
     assert not await world.redis.exists("{0}:blob:a")
 
