@@ -29,6 +29,7 @@ class Chances:
     gain_db: tuple[float, float] = (-15.0, 5.0)
 
 
+CALLER = Chances()
 GENTLE = Chances(resample=0.0, noise=0.3, noise_db=(15.0, 35.0), phone=0.25)  # keeps timing and pitch
 
 
@@ -68,7 +69,7 @@ def _noisy(rng: np.random.Generator, wave: np.ndarray, decibels: float) -> np.nd
     return wave + noise(rng, len(wave)) * np.float32(power * 10 ** (-decibels / 20))
 
 
-def augmented(rng: np.random.Generator, wave: np.ndarray, chances: Chances = Chances()) -> Changed:
+def augmented(rng: np.random.Generator, wave: np.ndarray, chances: Chances = CALLER) -> Changed:
     """A wave (S,) as it might arrive."""
     pace = 1.0
     if rng.random() < chances.resample:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from kimia.model.audio import LogMel
 from kimia.model.bigvgan import mel_spectrogram
 from kimia.model.config import FeatureConfig, FlowConfig, VocoderConfig
-from training.augment import GENTLE, Chances, augmented
+from training.augment import CALLER, GENTLE, Chances, augmented
 from training.corpus import Clip
 from training.scores import BLANK, letter_ids
+from training.sounds import SOUNDS, sound
 from training.teacher import TEACHER_WIDTH, Teacher
 from training.voices import SPEAKER
 
@@ -31,6 +32,10 @@ FRAME_SAMPLES = 320
 FRAMES_PER_TOKEN = TOKEN_SAMPLES // FRAME_SAMPLES
 NEIGHBOURS = 96  # clips of like length that a batch is drawn from
 TAUGHT_EVERY = 10  # clips, of which the teacher hears one: it costs as much as a pupil's whole step
+EVENTS = ("speech", *SOUNDS)
+EVENT_CHANCE = 0.12  # that a window's next piece is a sound event
+ALONE_CHANCE = 0.3  # that a window has one piece, then silence, as in use
+MOST_GAP_TOKENS = 5  # of silence between pieces
 SPEAKER_GENTLE = 0.75  # share of the speaker's clips that keep pitch and pace, and so have a mel target
 
 
@@ -43,9 +48,10 @@ class Batch:
     letters: Tensor  # (all letters,) of all clips, end to end
     letter_counts: Tensor  # (B,)
     taught: Tensor  # (B, J, D) the teacher's states, zero behind a clip and where there are none
-    has_taught: Tensor  # (B,) 1.0 where `taught` counts
+    taught_frames: Tensor  # (B, J) true where `taught` counts
     spoken: Tensor  # (B, J, F) normalised mel of clean speech, zero where there is none
-    has_spoken: Tensor  # (B,) 1.0 where `spoken` counts
+    spoken_frames: Tensor  # (B, J) true where `spoken` counts
+    events: Tensor  # (B, J) what sounds in each frame: index in EVENTS, -1 where nothing is said about it
 
     @property
     def frames(self) -> Tensor:
@@ -68,40 +74,79 @@ class Hearing:
         self._taught: dict[int, Tensor] = {}  # (J, D) float16 by clip
         self._spoken: dict[int, Tensor] = {}
 
-    def batch(self, step: int, size: int, chances: Chances = Chances()) -> Batch:  # noqa: B008 (frozen)
-        """The batch of a step: the same in every run."""
-        rng = random.Random(f"{self.seed}/{step}")
+    # ---- one clip a row: for the tokenizer, which pads no more than it must ----
+
+    def batch(self, step: int, size: int, chances: Chances = CALLER) -> Batch:
+        """The batch of a step, of clips alike in length: the same in every run."""
+        rng, noise = self._generators(step)
         start = rng.randrange(max(1, len(self.clips) - NEIGHBOURS))
         chosen = rng.sample(range(start, min(start + NEIGHBOURS, len(self.clips))), size)
-        noise = np.random.default_rng([self.seed, step])
-        return self._stacked([self._changed(index, rng, noise, chances) for index in chosen])
-
-    def _changed(
-        self, index: int, rng: random.Random, noise: np.random.Generator, chances: Chances
-    ) -> tuple[int, np.ndarray, float]:
-        keep = self.clips[index].item.voice == SPEAKER.name and rng.random() < SPEAKER_GENTLE
-        changed = augmented(noise, self.clips[index].heard(), GENTLE if keep else chances)
-        return index, changed.wave[: self.segment], changed.pace
-
-    def _stacked(self, rows: list[tuple[int, np.ndarray, float]]) -> Batch:
-        longest = max(-(-len(wave) // TOKEN_SAMPLES) for _, wave, _ in rows) * TOKEN_SAMPLES
-        frames = longest // FRAME_SAMPLES
+        rows = [_Row([self._clip(index, rng, noise, chances)]) for index in chosen]
+        longest = max(row.tokens for row in rows) * FRAMES_PER_TOKEN
         # Each clip's own padding, as the tokenizer pads it, then zeros
-        mels = [self.log_mel(wave, -(-len(wave) // TOKEN_SAMPLES) * TOKEN_SAMPLES) for _, wave, _ in rows]
-        mel = torch.stack([F.pad(torch.from_numpy(one), (0, 2 * frames - one.shape[1])) for one in mels])
-        letters = [letter_ids(self.clips[index].item.text) for index, _, _ in rows]
-        spoken = [self._target(index, len(wave)) if pace == 1.0 else None for index, wave, pace in rows]
-        taught = [self._lesson(index, len(wave), pace) for index, wave, pace in rows]
-        return Batch(
-            mel=mel,
-            samples=torch.tensor([len(wave) for _, wave, _ in rows]),
-            letters=torch.tensor([letter for row in letters for letter in row]),
-            letter_counts=torch.tensor([len(row) for row in letters]),
-            taught=_stacked(taught, frames, TEACHER_WIDTH),
-            has_taught=_present(taught),
-            spoken=_stacked(spoken, frames, self.flow.mel_bins),
-            has_spoken=_present(spoken),
+        mels = [self.log_mel(row.wave(), row.tokens * TOKEN_SAMPLES) for row in rows]
+        mel = torch.stack([F.pad(torch.from_numpy(one), (0, 2 * longest - one.shape[1])) for one in mels])
+        return self._stacked(rows, mel, longest)
+
+    # ---- a whole segment a row: for Whisper, which always attends one ----
+
+    def windows(self, step: int, size: int, chances: Chances = CALLER) -> Batch:
+        """The windows of a step: clips and sound events one after the other, padded to a segment."""
+        rng, noise = self._generators(step)
+        rows = [self._window(rng, noise, chances) for _ in range(size)]
+        mels = [self.log_mel(row.wave(), self.segment) for row in rows]
+        return self._stacked(rows, torch.from_numpy(np.stack(mels)), self.segment // FRAME_SAMPLES)
+
+    def _window(self, rng: random.Random, noise: np.random.Generator, chances: Chances) -> _Row:
+        row = _Row([])
+        most = 1 if rng.random() < ALONE_CHANCE else self.segment
+        while len(row.pieces) < most:
+            piece = (
+                _event(noise, rng.choice(list(SOUNDS)))
+                if rng.random() < EVENT_CHANCE
+                else self._clip(rng.randrange(len(self.clips)), rng, noise, chances)
+            )
+            piece = replace(piece, gap=rng.randrange(MOST_GAP_TOKENS + 1))
+            if row.pieces and (row.tokens + piece.tokens) * TOKEN_SAMPLES > self.segment:
+                break
+            row.pieces.append(piece)
+        return row
+
+    # ---- pieces and rows ----
+
+    def _generators(self, step: int) -> tuple[random.Random, np.random.Generator]:
+        return random.Random(f"{self.seed}/{step}"), np.random.default_rng([self.seed, step])
+
+    def _clip(self, index: int, rng: random.Random, noise: np.random.Generator, chances: Chances) -> _Piece:
+        clip = self.clips[index]
+        keep = clip.item.voice == SPEAKER.name and rng.random() < SPEAKER_GENTLE
+        changed = augmented(noise, clip.heard(), GENTLE if keep else chances)
+        wave = changed.wave[: self.segment]
+        return _Piece(
+            wave=wave,
+            letters=letter_ids(clip.item.text),
+            taught=self._lesson(index, len(wave), changed.pace),
+            spoken=self._target(index, len(wave)) if changed.pace == 1.0 else None,
+            event=0,
         )
+
+    def _stacked(self, rows: list[_Row], mel: Tensor, frames: int) -> Batch:
+        size = len(rows)
+        letters = [row.letters() for row in rows]
+        batch = Batch(
+            mel=mel,
+            samples=torch.tensor([min(len(row.wave()), frames * FRAME_SAMPLES) for row in rows]),
+            letters=torch.tensor([letter for row in letters for letter in row], dtype=torch.long),
+            letter_counts=torch.tensor([len(row) for row in letters]),
+            taught=torch.zeros(size, frames, TEACHER_WIDTH),
+            taught_frames=torch.zeros(size, frames, dtype=torch.bool),
+            spoken=torch.zeros(size, frames, self.flow.mel_bins),
+            spoken_frames=torch.zeros(size, frames, dtype=torch.bool),
+            events=torch.full((size, frames), -1),
+        )
+        for index, row in enumerate(rows):
+            row.fill(batch, index)
+        return batch
 
     # ---- targets ----
 
@@ -134,19 +179,68 @@ class Hearing:
         return (mel - self.flow.mel_mean) / self.flow.mel_std
 
 
-def _stacked(rows: Sequence[Tensor | None], frames: int, width: int) -> Tensor:
-    """(B, frames, width), zeros where a row is None."""
-    empty = torch.zeros(1, width)
-    return torch.stack([_fitted(empty if row is None else row, frames) for row in rows])
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A clip or a sound event, changed, with all that is to be learned from it."""
+
+    wave: np.ndarray  # (S,)
+    letters: list[int]
+    taught: Tensor | None  # (frames, D)
+    spoken: Tensor | None  # (frames, F)
+    event: int  # index in EVENTS
+    gap: int = 0  # tokens of silence before it
+
+    @property
+    def tokens(self) -> int:
+        """With the gap, in whole tokens."""
+        return self.gap + -(-len(self.wave) // TOKEN_SAMPLES)
 
 
-def _present(rows: Sequence[Tensor | None]) -> Tensor:
-    return torch.tensor([0.0 if row is None else 1.0 for row in rows])
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """Pieces one after the other, each at the start of a token."""
+
+    pieces: list[_Piece]
+
+    @property
+    def tokens(self) -> int:
+        """Length in whole tokens."""
+        return sum(piece.tokens for piece in self.pieces)
+
+    def wave(self) -> np.ndarray:
+        """(S,): all pieces, silence between them, none behind the last."""
+        padded = [
+            np.pad(piece.wave, (piece.gap * TOKEN_SAMPLES, -len(piece.wave) % TOKEN_SAMPLES)) for piece in self.pieces
+        ]
+        excess = -len(self.pieces[-1].wave) % TOKEN_SAMPLES
+        return np.concatenate(padded)[: self.tokens * TOKEN_SAMPLES - excess]
+
+    def letters(self) -> list[int]:
+        """Of all pieces, spaces between them."""
+        spoken = [piece.letters for piece in self.pieces if piece.letters]
+        return [letter for piece in spoken for letter in (*piece, *letter_ids(" "))][:-1]
+
+    def fill(self, batch: Batch, index: int) -> None:
+        """Put the targets into a row of a batch."""
+        start = 0
+        for piece in self.pieces:
+            begin = start + piece.gap * FRAMES_PER_TOKEN
+            _put(batch.taught[index], batch.taught_frames[index], piece.taught, begin)
+            _put(batch.spoken[index], batch.spoken_frames[index], piece.spoken, begin)
+            batch.events[index, begin : begin + -(-len(piece.wave) // FRAME_SAMPLES)] = piece.event
+            start += piece.tokens * FRAMES_PER_TOKEN
 
 
-def _fitted(states: Tensor, frames: int) -> Tensor:
-    """(n, D) padded with zeros or cut to (frames, D)."""
-    return F.pad(states[:frames], (0, 0, 0, max(0, frames - len(states))))
+def _put(target: Tensor, present: Tensor, states: Tensor | None, begin: int) -> None:
+    """Write states (n, D) into target (J, D) from frame `begin` on, as far as it reaches."""
+    if states is not None:
+        count = min(len(states), len(target) - begin)
+        target[begin : begin + count] = states[:count]
+        present[begin : begin + count] = True
+
+
+def _event(noise: np.random.Generator, kind: str) -> _Piece:
+    return _Piece(sound(kind, noise), [], None, None, EVENTS.index(kind))
 
 
 # ---- losses that both encoders share ----------------------------------------------------------------------------
@@ -164,9 +258,14 @@ def letters_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 def lesson_loss(guessed: Tensor, batch: Batch) -> Tensor:
     """One minus the cosine to the teacher's states, over the frames of the clips that it heard. (B, J, D)"""
-    heard = batch.frames & (batch.has_taught > 0)[:, None]
+    heard = batch.taught_frames
     if not heard.any():
         return guessed.sum() * 0.0
     taught = batch.taught[heard]
     taught = taught - taught.mean(0)  # the part common to all frames teaches nothing
     return 1 - F.cosine_similarity(guessed[heard].float(), taught, dim=-1).mean()
+
+
+def events_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of (B, J, events) over the frames where something sounds."""
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.events.flatten(), ignore_index=-1)

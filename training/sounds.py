@@ -19,18 +19,18 @@ Sound = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def _times(samples: int) -> np.ndarray:
-    return np.arange(samples) / HEARING_RATE
+    return np.asarray(np.arange(samples) / HEARING_RATE)
 
 
 def _tone(frequency: float, samples: int) -> np.ndarray:
-    return np.sin(2 * np.pi * frequency * _times(samples))
+    return np.asarray(np.sin(2 * np.pi * frequency * _times(samples)))
 
 
 def _gate(samples: int, period: float, duty: float) -> np.ndarray:
     """1 during the first `duty` of every `period` seconds, with edges of 5 ms."""
     phase = np.mod(_times(samples), period)
     edge = 0.005
-    return np.clip(np.minimum(phase / edge, (duty * period - phase) / edge), 0.0, 1.0)
+    return np.asarray(np.clip(np.minimum(phase / edge, (duty * period - phase) / edge), 0.0, 1.0))
 
 
 def ring(rng: np.random.Generator, samples: int) -> np.ndarray:

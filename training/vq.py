@@ -210,8 +210,8 @@ class VQTraining(nn.Module):
 
 def mel_loss(mel: Tensor, batch: Batch) -> Tensor:
     """Mean absolute error over the frames of clips that have a target; zero without any."""
-    counts = batch.frames * batch.has_spoken[:, None]  # (B, J)
-    errors = (mel.float() - batch.spoken).abs().mean(-1)
+    counts = batch.spoken_frames
+    errors = (mel.float() - batch.spoken).abs().mean(-1)  # (B, J)
     return (errors * counts).sum() / counts.sum().clamp(min=1)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from training.augment import Chances
-from training.hearing import FRAME_SAMPLES, Hearing, lesson_loss, letters_loss
+from training.hearing import EVENTS, FRAME_SAMPLES, Hearing, events_loss, lesson_loss, letters_loss
 from training.scores import CLASSES
 from training.teacher import TEACHER_WIDTH
 
@@ -51,12 +51,13 @@ def test_only_the_speaking_voice_has_a_mel_to_draw(configs, tone_clips):
     made = hearing(configs, tone_clips)
     callers = [clip for clip in tone_clips if clip.item.voice != "hibari"]
     assert all(made.speech_target(clip) is None for clip in callers)
-    assert not hearing(configs, callers).batch(0, 4).has_spoken.any()
+    assert not hearing(configs, callers).batch(0, 4).spoken_frames.any()
     speaker = [clip for clip in tone_clips if clip.item.voice == "hibari"]
     batches = [hearing(configs, speaker).batch(step, 4, ALWAYS_FASTER) for step in range(8)]
-    shares = torch.cat([batch.has_spoken for batch in batches])
-    assert 0 < shares.mean() < 1  # what is sped up has lost its target
-    assert all(batch.spoken[batch.has_spoken == 0].abs().sum() == 0 for batch in batches)
+    drawn = torch.cat([batch.spoken_frames.any(1) for batch in batches])
+    assert drawn.any()
+    assert not drawn.all()  # what is sped up has lost its target
+    assert all(batch.spoken[~batch.spoken_frames].abs().sum() == 0 for batch in batches)
 
 
 def test_the_teacher_hears_a_clip_once_and_not_all_of_them(configs, tone_clips):
@@ -64,7 +65,7 @@ def test_the_teacher_hears_a_clip_once_and_not_all_of_them(configs, tone_clips):
     made = hearing(configs, tone_clips, teacher)
     batches = [made.batch(step, 8) for step in range(4)]
     assert teacher.lessons == 1  # of eight
-    assert all(batch.has_taught.sum() == 1 for batch in batches)
+    assert all(batch.taught_frames.any(1).sum() == 1 for batch in batches)
 
 
 def test_lessons_follow_the_changed_pace(configs, tone_clips):
@@ -79,7 +80,7 @@ def test_lessons_follow_the_changed_pace(configs, tone_clips):
 def test_the_lesson_is_learned_by_saying_what_the_teacher_said(configs, tone_clips):
     batch = hearing(configs, tone_clips, Parrot()).batch(0, 8, SAME)
     noisy = torch.randn(batch.taught.shape, generator=torch.Generator().manual_seed(0))
-    heard = batch.taught[batch.frames & (batch.has_taught > 0)[:, None]]
+    heard = batch.taught[batch.taught_frames]
     perfect = batch.taught - heard.mean(0)
     assert lesson_loss(perfect, batch) == pytest.approx(0.0, abs=1e-5)
     assert lesson_loss(noisy, batch) > 0.5
@@ -105,3 +106,38 @@ def test_letters_cost_nothing_when_they_stand_in_the_frames(configs, tone_clips)
         place += count
     assert letters_loss(logits, batch) == pytest.approx(0.0, abs=1e-3)
     assert letters_loss(torch.zeros_like(logits), batch) > 1
+
+
+def test_windows_are_whole_segments_of_clips_and_sounds(configs, tone_clips):
+    made = hearing(configs, tone_clips, Parrot())
+    batches = [made.windows(step, 4, SAME) for step in range(6)]
+    for batch in batches:
+        assert batch.mel.shape == (4, 80, 800)
+        assert (batch.samples <= 128000).all()
+        assert (batch.events[~batch.frames] == -1).all()
+        assert len(batch.letters) == batch.letter_counts.sum()
+    events = torch.cat([batch.events.flatten() for batch in batches])
+    assert set(events.tolist()) > {-1, 0}
+    assert int(events.max()) < len(EVENTS)
+
+
+def test_a_window_s_targets_stand_where_its_pieces_sound(configs, tone_clips):
+    batch = hearing(configs, tone_clips, Parrot()).windows(3, 8, SAME)
+    loud = batch.mel[:, :, ::2].amax(1) > batch.mel.mean((1, 2))[:, None]  # (B, J)
+    speech = batch.events == 0
+    assert loud[speech].float().mean() > 0.9
+    assert (batch.taught[batch.taught_frames] > 0.01).float().mean() > 0.9
+    assert speech[batch.taught_frames].all()
+    assert speech[batch.spoken_frames].all()
+
+
+def test_the_same_step_gives_the_same_windows(configs, tone_clips):
+    first, again = (hearing(configs, tone_clips).windows(2, 3) for _ in range(2))
+    torch.testing.assert_close(first.mel, again.mel, rtol=0, atol=0)
+
+
+def test_events_that_are_known_cost_nothing(configs, tone_clips):
+    batch = hearing(configs, tone_clips).windows(0, 4, SAME)
+    exact = 50.0 * torch.nn.functional.one_hot(batch.events.clamp(min=0), len(EVENTS))
+    assert events_loss(exact, batch) == pytest.approx(0.0, abs=1e-4)
+    assert events_loss(torch.zeros_like(exact), batch) > 1
