@@ -2,7 +2,7 @@
 
 Does no input and no output. Everything sent is kept until the service has it for certain: sound until it is
 acknowledged, a commit or say until its turn has started (it carries a key, so that sending it again starts nothing),
-text until something after it was confirmed.
+text until sound after it was acknowledged or the turn that took it along has started.
 """
 
 from __future__ import annotations
@@ -212,11 +212,14 @@ class CallState:
         self._unconfirmed = deque([*kept, *islice(self._unconfirmed, count, None)])
 
     def _confirm_start(self) -> None:
-        """A turn has begun: the first request that starts one was read, with all before it."""
+        """A turn has begun: the first request that starts one was read; a commit has taken all before it along."""
         for place, request in enumerate(self._unconfirmed):
             if _starts_a_turn(request):
-                self._confirm(place)
-                self._unconfirmed.popleft()
+                if request.HasField("commit"):
+                    self._confirm(place)
+                    self._unconfirmed.popleft()
+                else:
+                    del self._unconfirmed[place]
                 return
 
 
