@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kimia.cli import COMMANDS
+from tests.running import running
 
 pytestmark = pytest.mark.parity
 
@@ -21,6 +22,18 @@ def test_the_python_examples_run(tiny, monkeypatch, capsys) -> None:
     assert names["done"].steps == 60
     assert names["wav"].shape[0] == 1
     assert "[0: " in capsys.readouterr().out
+
+
+def test_the_client_examples_run(monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    examples = re.findall(r"```python client\n(.*?)```", README, flags=re.DOTALL)
+    with running("--fake") as service:
+        code = "\n".join(examples).replace("localhost:50051", service.address)
+        exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert len(examples) == 2
+    assert "[0: " in out
+    assert "3 turns remembered" in out
 
 
 def test_links_exist() -> None:
