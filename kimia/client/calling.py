@@ -66,7 +66,7 @@ class CallState:
     def say(self, text: str, options: Mapping[str, Any]) -> None:
         """Speak a text."""
         check_text(text)
-        chosen = turn_options(None, options) if options else None
+        chosen = turn_options("both", options)  # also in a call whose answers are text
         self._push(pb.ConverseRequest(say=pb.Say(text=text, options=chosen, idempotency_key=new_key())))
 
     def commit(self, output_type: str | None, options: Mapping[str, Any]) -> None:

@@ -55,11 +55,13 @@ class Host:
         self.servicer = KimiAudio()
         self.server = build_server(Settings(listen="127.0.0.1:0"))
         self.stub = None
+        self.target = ""
 
     @asynccontextmanager
     async def running(self):
         add_KimiAudioServicer_to_server(self.servicer, self.server)
         port = self.server.add_insecure_port("127.0.0.1:0")
+        self.target = f"127.0.0.1:{port}"
         async with self.inbox:
             self.servicer.open(self.desk)
             await self.server.start()
