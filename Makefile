@@ -36,6 +36,7 @@ demo: $(STAMP)  ## a recorded question through the whole service, and where the 
 	@echo "  .venv/bin/kimia up --model moonshotai/Kimi-Audio-7B-Instruct      and then      .venv/bin/kimia talk $(QUESTION)"
 
 test: $(STAMP)  ## the tests, as continuous integration runs them
+	@test -d .redis7 || bash tests/fetch_redis7.sh || echo "Redis 7.0.15 could not be fetched: what runs on Valkey only is said below"
 	$(BIN)/python -m pytest
 
 e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of packages the first time
