@@ -101,6 +101,11 @@ class Deployment:
             labels.append(f"com.docker.compose.service={service}")
         return self.engine.containers.list(all=not running, filters={"label": labels}, ignore_removed=True)
 
+    def execute(self, service: str, *command: str, user: str = "") -> int:
+        """Run a program in a container of a service; its exit code."""
+        code: int = self.containers(service, running=True)[0].exec_run(command, user=user).exit_code
+        return code
+
     def target(self) -> str:
         """Every orchestrator that runs, as one target of gRPC."""
         ports = [port for c in self.containers("orchestrator", running=True) for port in c.ports.get(PORT) or ()]

@@ -14,7 +14,7 @@ from tests.e2e.deployment import ROOT, Deployment
 QUESTION = ROOT / "tests/golden/e2e/audio/clip_a2.wav"  # 2.1 s of speech
 CHAT = [{"role": "user", "message_type": "audio", "content": str(QUESTION)}]
 SEED = 7
-STEPS = 60  # of the language model: 4.8 s of answer
+STEPS = 36  # of the language model: 2.4 s of answer
 PATIENCE = ClientOptions(patience=60.0)  # seconds: a service at capacity is asked again
 
 
