@@ -197,6 +197,8 @@ async def test_heartbeats_keep_a_turn(world):
     assert await worker.heartbeat([claim]) == []  # just in time
     assert await other.recover(1) == []
     assert await world.holder(claim) == "w1"
+    await world.redis.xclaim(claim.job_key, keys.GROUP, "w1", 0, [claim.job_id], idle=3_600_000)
+    assert await other.recover(1) == []  # the lease in the head was renewed as well
 
 
 async def test_the_head_is_asked_even_where_the_entry_looks_abandoned(world):
@@ -554,6 +556,17 @@ async def test_a_copy_that_comes_late_is_dropped(world):
     assert await wanted.heartbeat([]) == []
     assert await world.holder(claim) == "other"
     assert await other.publish(claim, step(0)) == Published(WRITTEN, 1)
+
+
+async def test_a_copy_that_comes_after_the_owner_has_died_takes_over(world):
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    await world.submitted(worker="wanted")
+    [claim] = await other.sweep(1)
+    await world.silence(claim)
+    [taken] = await wanted.sweep(1)
+    assert taken.token > claim.token
+    assert await world.holder(taken) == "wanted"
+    assert await other.publish(claim, step(0)) == Published(FENCED, 0)
 
 
 async def test_an_entry_of_a_finished_turn_is_dropped(world):
