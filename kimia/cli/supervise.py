@@ -89,8 +89,8 @@ class Supervisor:
         self._begun = time.monotonic()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self, work: Callable[[], Awaitable[int]]) -> int:
-        """Start everything, do the work, stop everything; the work's result, 0 when a signal ended it.
+    async def run(self, work: Callable[[], Awaitable[int]], interrupted: int = 0) -> int:
+        """Start everything, do the work, stop everything; the work's result, `interrupted` when a signal ended it.
 
         Raises UnavailableError, with its last lines, when a process ends before it is ready.
         """
@@ -101,7 +101,7 @@ class Supervisor:
         try:
             return await doing
         except asyncio.CancelledError:
-            return 0
+            return interrupted
         finally:
             await self._stop_all()
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -53,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Start everything and keep it running; 0 after Ctrl-C, the command's exit code with --run."""
+    """Start everything and keep it running; 0 after Ctrl-C. With --run the command's exit code, 130 after Ctrl-C."""
     root = checkout_root()
     replicas = read_replicas(args.replicas)
     if not args.fake:
@@ -78,7 +78,7 @@ async def _supervise(args: argparse.Namespace, plan: Plan, parts: list[list[Part
         print(f"  kimia ps --redis {plan.redis_url}", flush=True)
         return int(await asyncio.get_running_loop().create_future())  # until a signal cancels it
 
-    return await Supervisor(parts, console).run(work)
+    return await Supervisor(parts, console).run(work, interrupted=130 if args.command else 0)
 
 
 async def _command(command: str, environment: Mapping[str, str]) -> int:

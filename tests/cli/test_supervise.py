@@ -110,7 +110,8 @@ async def test_a_signal_ends_everything(tmp_path, output, number) -> None:
         os.kill(os.getpid(), number)
         return await asyncio.get_running_loop().create_future()
 
-    assert await supervisor(output, [part("store", tmp_path)], [part("llm", tmp_path)]).run(work) == 0
+    stages = [part("store", tmp_path)], [part("llm", tmp_path)]
+    assert await supervisor(output, *stages).run(work, interrupted=130) == 130
     assert lines(tmp_path / "ended") == ["llm", "store"]
 
 
