@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from kimia.streams.keys import all_partitions
 
 Argument: TypeAlias = str | bytes | int | float
 Call: TypeAlias = tuple[Sequence[str], Sequence[Argument]]  # keys, arguments
+
+CONNECTIONS = 64  # of one process at once, besides those that are blocked; more calls wait for one
 
 _RETRY_AFTER = 1.0  # seconds
 _RETRY = Retry(ExponentialBackoff(cap=0.1, base=0.01), 3)  # seconds: a connection that was dropped, not an outage
@@ -164,9 +167,43 @@ def script_text(script: str) -> tuple[str, str]:
     return body, hashlib.sha1(body.encode(), usedforsecurity=False).hexdigest()
 
 
+class _Pool(redis.ConnectionPool):
+    """Connections that callers wait for when all are in use, where redis-py would refuse them.
+
+    Its BlockingConnectionPool does that too, but loses a connection for good when a caller is cancelled while it gives
+    one back.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(max_connections=10 * CONNECTIONS, **options)
+        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._given: set[Any] = set()
+
+    async def get_connection(self, *_: Any, **__: Any) -> Any:
+        """A connection, as soon as one is free."""
+        await self._free.acquire()
+        try:
+            connection = await super().get_connection()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._free.release()
+            raise
+        self._given.add(connection)
+        return connection
+
+    async def release(self, connection: Any) -> None:
+        """Give a connection back; also one that could not be made, which is nobody's yet."""
+        try:
+            await super().release(connection)
+        finally:
+            if connection in self._given:
+                self._given.remove(connection)
+                self._free.release()
+
+
 def _client(url: str) -> redis.Redis:
     """A client that connects on first use. Raises UnavailableError for a URL that is none."""
     try:
-        return redis.Redis.from_url(url, protocol=2, socket_connect_timeout=5, socket_timeout=10, retry=_RETRY)
+        pool = _Pool.from_url(url, protocol=2, socket_connect_timeout=5, socket_timeout=10, retry=_RETRY)
     except ValueError as error:
         raise UnavailableError(f"{url!r} is no Redis URL ({error}); use redis://host:port/db") from error
+    return redis.Redis.from_pool(pool)

@@ -54,6 +54,36 @@ async def test_a_server_that_is_not_there_is_named(url):
         await Wire.connect(url)
 
 
+async def test_callers_wait_for_a_free_connection(valkey_url, monkeypatch):
+    monkeypatch.setattr("kimia.streams.wire.CONNECTIONS", 3)
+    wire = await Wire.connect(valkey_url)
+    assert sorted(await asyncio.gather(*(wire.journal.incr("n") for _ in range(50)))) == list(range(1, 51))
+    with redis.Redis.from_url(valkey_url) as other:
+        assert other.info("clients")["connected_clients"] <= 4
+    await wire.aclose()
+
+
+async def test_no_connection_is_lost_to_callers_that_give_up(valkey_url, monkeypatch):
+    monkeypatch.setattr("kimia.streams.wire.CONNECTIONS", 2)
+    wire = await Wire.connect(valkey_url)
+    for _ in range(20):
+        calls = [asyncio.create_task(wire.journal.incr("n")) for _ in range(8)]
+        await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(wire.journal.ping() for _ in range(8)))
+    await wire.aclose()
+
+
+async def test_a_connection_that_cannot_be_made_takes_no_place(monkeypatch):
+    monkeypatch.setattr("kimia.streams.wire.CONNECTIONS", 1)
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            await Wire.connect("redis://127.0.0.1:1/0")
+
+
 async def test_a_blocking_client_has_no_timeout(valkey_url):
     wire = await Wire.connect(valkey_url)
     client = wire.blocking()
