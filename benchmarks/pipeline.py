@@ -42,8 +42,8 @@ REPLICAS = (1, 2, 4)
 SCALED_ROWS = 2  # of one replica of the stage that is scaled
 # The stage that is scaled takes most of a turn, the others as good as nothing.
 SCALED: Mapping[str, Timing] = {
-    "detokenizer": Timing(step_seconds=0.002, realtime_factor=0.5),
-    "llm": Timing(prefill_seconds=0.1, step_seconds=0.04),
+    "detokenizer": Timing(step_seconds=0.01, realtime_factor=1.0),
+    "llm": Timing(prefill_seconds=0.2, step_seconds=0.08),
 }
 
 # ---- transport --------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _scaled(stage: str, timing: Timing, count: int, args: argparse.Namespace) ->
     """As many callers as the service admits."""
     say(f"scaling, {stage} x {count}")
     load = Load(SCALED_ROWS * count, args.scaling_turns * count, args.seconds)
-    plan = Plan(timing, {stage: count}, {stage: SCALED_ROWS}, {"KIMIA_LEASE_SECONDS": "2"})
+    plan = Plan(timing, {stage: count}, {stage: SCALED_ROWS})
     with running(plan) as fleet, watched() as stalls:
         results: Results = run(drive(fleet.address, load))
     return {
@@ -272,7 +272,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rewrite-callers", nargs="*", type=int, default=[1, 16, 64, 200], metavar="N", help="(same)")
     parser.add_argument("--turns", type=int, default=1000, help="of each load; for p99.9 at least 1000 (1000)")
     parser.add_argument("--seconds", type=float, default=120.0, help="after which a load ends all the same (120)")
-    parser.add_argument("--scaling-turns", type=int, default=60, metavar="N", help="turns for each replica (60)")
+    parser.add_argument("--scaling-turns", type=int, default=40, metavar="N", help="turns for each replica (40)")
     parser.add_argument("--repeats", type=int, default=300, help="of each fetch of features (300)")
     return parser.parse_args(words)
 
