@@ -138,6 +138,7 @@ class CapacityError(ServiceError):
     """No row is free; `retry_after` says when to try again."""
 
     reason = "AT_CAPACITY"
+    stage = ""  # that lacks a row, where it is one stage
 
 
 class DeadlineError(ServiceError):

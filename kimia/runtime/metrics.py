@@ -60,7 +60,9 @@ UNDERRUN = Counter("kimia_underrun_seconds", "Seconds that callers waited for sp
 SESSIONS = Gauge("kimia_sessions", "Calls and turns that this process serves")
 
 # ---- admission ----
-REFUSED = Counter("kimia_refused", "Admissions refused for want of a row, by the stage that lacks it", ["stage"])
+REFUSED = Counter(
+    "kimia_refused", "Admissions refused, by the stage that lacks a row; tenant: the tenant's own limit", ["stage"]
+)
 CAPACITY = Gauge(
     "kimia_capacity_rows", "Rows of the stage in all live workers together; told by orchestrators", ["stage"]
 )

@@ -3,7 +3,7 @@
     {ledger}:workers:<stage>        hash: worker -> "rows used end"; announcements end by themselves
     {ledger}:reserved:<pool>        sorted set: session -> end; a pool is a stage or `@<tenant>`
     {ledger}:released:<pool>        sorted set: releases of the last half minute, for the retry delay
-    {ledger}:session:<session>      hash: tenant and stages of a reservation
+    {ledger}:session:<session>      hash: tenant and stages of a reservation, and until when each holder wants it
 
 A session is admitted to every stage of its route or to none, in one call, and is then never refused a turn on it. Ends
 are milliseconds on the server's clock. Every call raises UnavailableError when the journal cannot be reached.
@@ -59,12 +59,19 @@ class Ledger:
         await self._wire.call("ledger_announce", [_workers(kind)], [worker, 0, 0, 0])
 
     async def reserve(
-        self, session: str, tenant: str, route: Sequence[StageKind], seconds: float, tenant_limit: int | None = None
+        self,
+        session: str,
+        tenant: str,
+        route: Sequence[StageKind],
+        seconds: float,
+        tenant_limit: int | None = None,
+        holder: str = "",
     ) -> None:
         """Reserve one row in every stage of the route; for a session that holds some, renew them and add the rest.
 
-        Raises CapacityError, with nothing changed, when a stage has no row left or no live worker, or when the tenant
-        has `tenant_limit` sessions already (reason TENANT_LIMIT).
+        Several holders share the rows of a session until the last of them gives them back. Raises CapacityError, with
+        nothing changed, when a stage has no row left or no live worker, or when the tenant has `tenant_limit` sessions
+        already (reason TENANT_LIMIT).
         """
         limit = -1 if tenant_limit is None else tenant_limit
         args: list[Argument] = [
@@ -74,19 +81,20 @@ class Ledger:
             _milliseconds(seconds),
             limit,
             _milliseconds(RELEASE_WINDOW),
+            holder,
         ]
         answer = await self._wire.call("ledger_reserve", [_session(session)], [*args, *(kind.name for kind in route)])
         if answer != b"ok":
             word, stage, size, releases = answer
             raise _refusal(word.decode(), stage.decode(), int(size), int(releases))
 
-    async def renew(self, session: str, seconds: float) -> bool:
+    async def renew(self, session: str, seconds: float, holder: str | None = None) -> bool:
         """Let a reservation last from now for so many seconds; False when it has ended: reserve again."""
-        return await self._renew(session, max(_milliseconds(seconds), 1))
+        return await self._renew(session, max(_milliseconds(seconds), 1), holder)
 
-    async def release(self, session: str) -> None:
-        """Give a reservation back, if there is one."""
-        await self._renew(session, 0)
+    async def release(self, session: str, holder: str | None = None) -> None:
+        """Give a reservation back, if there is one: that of one holder, who may be the last, or of all."""
+        await self._renew(session, 0, holder)
 
     async def usage(self) -> dict[str, StageUsage]:
         """What every stage offers and has reserved, by the stage's name."""
@@ -94,8 +102,10 @@ class Ledger:
         answer = await self._wire.call("ledger_usage", wanted, [])
         return {name: _usage(found) for name, found in zip(STAGES, answer, strict=True)}
 
-    async def _renew(self, session: str, life: int) -> bool:
+    async def _renew(self, session: str, life: int, holder: str | None) -> bool:
         args: list[Argument] = [keys.ledger(""), session, life, _milliseconds(RELEASE_WINDOW)]
+        if holder is not None:
+            args.append(holder)
         return bool(await self._wire.call("ledger_renew", [_session(session)], args))
 
 
@@ -105,13 +115,13 @@ def _refusal(word: str, stage: str, size: int, releases: int) -> CapacityError:
     if word == "tenant":
         rule = f"the tenant has its {size} sessions already; end one, or ask for a higher limit"
         return CapacityError(rule, reason="TENANT_LIMIT", retry_after=retry)
-    if not size:
-        rule = f"no {stage} worker is running; start one"
-        return CapacityError(rule, retry_after=NO_WORKER_RETRY)
-    return CapacityError(
-        f"all {size} rows of the {stage} stage are reserved; try again in {retry:.1f} s, or start more workers",
-        retry_after=retry,
-    )
+    if size:
+        rule = f"all {size} rows of the {stage} stage are reserved; try again in {retry:.1f} s, or start more workers"
+        error = CapacityError(rule, retry_after=retry)
+    else:
+        error = CapacityError(f"no {stage} worker is running; start one", retry_after=NO_WORKER_RETRY)
+    error.stage = stage
+    return error
 
 
 def _usage(found: Sequence[bytes | int]) -> StageUsage:

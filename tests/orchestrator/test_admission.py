@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from prometheus_client import REGISTRY
 
 from kimia.errors import CapacityError
 from kimia.stage import DETOKENIZER, LLM
@@ -87,3 +88,27 @@ async def test_a_resumed_turn_keeps_what_there_is_and_takes_no_more(ledger):
     assert await reserved(ledger) == 1
     kept.leave()
     none.leave()
+
+
+def refusals(label):
+    return REGISTRY.get_sample_value("kimia_refused_total", {"stage": label}) or 0.0
+
+
+async def test_refusals_are_counted_by_the_stage_that_lacks_a_row(ledger):
+    before = refusals("llm"), refusals("tenant")
+    admission = Admission(ledger, tenant_sessions=1)
+    first = await admission.admit("a", "t", (LLM,))
+    for tenant in ("t", "u", "u"):
+        with pytest.raises(CapacityError):
+            await admission.admit("b", tenant, (LLM,))
+    assert (refusals("llm"), refusals("tenant")) == (before[0] + 2, before[1] + 1)
+    await first.release()
+
+
+async def test_a_holder_gives_back_only_its_own_part(ledger):
+    admission = Admission(ledger)
+    call, request = [await admission.admit("a", "t", ROUTE, holder) for holder in ("call", "request")]
+    await request.release()
+    assert await reserved(ledger) == 1
+    await call.release()
+    assert await reserved(ledger) == 0

@@ -214,3 +214,44 @@ async def test_everything_but_the_workers_expires(ledger):
     for key in await client.keys("*"):
         assert key.startswith(b"{ledger}:")
         assert (b":workers:" in key) == (await client.pttl(key) == -1)
+
+
+async def test_what_one_holder_gives_back_stays_with_the_others(ledger):
+    await offer(ledger, rows=1)
+    for holder in ("call", "request"):
+        await ledger.reserve("a", "t", ROUTE, LONG, holder=holder)
+    assert await reserved(ledger) == [1, 1, 1]
+    await ledger.release("a", "request")
+    await ledger.release("a", "request")
+    assert await reserved(ledger) == [1, 1, 1]
+    await ledger.release("a", "call")
+    assert await reserved(ledger) == [0, 0, 0]
+
+
+async def test_a_holder_that_fell_silent_holds_nothing(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", ROUTE, 0.02, holder="silent")
+    await ledger.reserve("a", "t", ROUTE, LONG, holder="call")
+
+    async def given_back():
+        await ledger.reserve("a", "t", ROUTE, LONG, holder="call")
+        await ledger.release("a", "call")
+        return await reserved(ledger) == [0, 0, 0]
+
+    await until(given_back)
+
+
+async def test_a_deleted_session_gives_back_what_all_its_holders_have(ledger):
+    await offer(ledger, rows=1)
+    for holder in ("call", "request"):
+        await ledger.reserve("a", "t", ROUTE, LONG, holder=holder)
+    await ledger.release("a")
+    assert await reserved(ledger) == [0, 0, 0]
+
+
+async def test_a_refusal_names_the_stage(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", [LLM], LONG)
+    with pytest.raises(CapacityError) as caught:
+        await ledger.reserve("b", "t", [LLM], LONG)
+    assert caught.value.stage == "llm"

@@ -2,7 +2,7 @@
 -- new stages are added to it. Nothing changes when it is refused.
 -- KEYS hash of the session's reservation
 -- ARGV prefix of the ledger's keys, session, tenant, life in milliseconds, tenant's limit (-1: none),
---      window of the release rate in milliseconds, stages ...
+--      window of the release rate in milliseconds, holder, stages ...
 -- answer: 'ok' | {'full', stage, capacity, releases in the window} | {'tenant', '', limit, releases in the window}
 local prefix, session, tenant = ARGV[1], ARGV[2], ARGV[3]
 local life, limit, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -47,7 +47,7 @@ if limit >= 0 and count >= limit and not holds(account) then
   return refusal('tenant', '', account, limit)
 end
 local pools, seen = { account }, {}
-for i = 7, #ARGV do
+for i = 8, #ARGV do
   local stage = ARGV[i]
   local reserved, rows = holders(stage), capacity(stage)
   if reserved >= rows and not holds(stage) then
@@ -65,6 +65,6 @@ for _, pool in ipairs(pools) do
   redis.call('PEXPIRE', key, math.max(life, redis.call('PTTL', key)))
 end
 table.remove(pools, 1)
-redis.call('HSET', KEYS[1], 'tenant', tenant, 'stages', table.concat(pools, ' '))
+redis.call('HSET', KEYS[1], 'tenant', tenant, 'stages', table.concat(pools, ' '), 'held:' .. ARGV[7], now + life)
 redis.call('PEXPIRE', KEYS[1], life)
 return 'ok'
