@@ -11,11 +11,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kimia.errors import NotFoundError, RequestError, UnavailableError
+from kimia.errors import KimiaError, NotFoundError, RequestError, UnavailableError
 from kimia.runtime.logs import get_logger
 from kimia.stage import DETOKENIZER, LLM, TOKENIZER, StageKind
 from kimia.streams import keys
 from kimia.streams.journal import Head
+from kimia.streams.patience import end
 from kimia.v1.audio_pb2 import AudioFormat
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT, Message, TurnOptions
 from kimia.v1.kimi_audio_pb2 import CallConfig, ConverseRequest, ConverseResponse, TurnEvent
@@ -79,7 +80,7 @@ class Call:
         self._session_id = ""
         self._input: OpenInput | None = None
         self._next_chunk = 0
-        self._finished = False
+        self._over = False  # the client has said all, or something that ends the call: it does not come back to it
         self._retiring = False
         self._leaving: asyncio.Task[None] | None = None
 
@@ -99,21 +100,25 @@ class Call:
         try:
             while (item := await self._queue.get()) is not None:
                 if isinstance(item, Exception):
+                    self._over = self._is_final(item)
                     raise item
                 yield item
-            self._finished = True
+            self._over = True
         finally:
             await self._hang_up(reading)
 
+    def _is_final(self, error: Exception) -> bool:
+        """Whether nothing of the call goes on after an error: its rows are free at once."""
+        if not isinstance(error, KimiaError) or isinstance(error, UnavailableError):
+            return False
+        return isinstance(error, NotFoundError) or not self._machine.running
+
     async def _hang_up(self, reading: asyncio.Task[None]) -> None:
         """The running turn goes on, and what was collected is kept; the client may come back."""
-        tasks = [reading, *(task for _, task in self._followed.values()), *filter(None, [self._leaving])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([reading, *(task for _, task in self._followed.values()), *filter(None, [self._leaving])])
         if self._reservation is None:
             return
-        if self._finished:
+        if self._over:
             await self._reservation.release()
         else:
             self._reservation.leave()
@@ -196,6 +201,7 @@ class Call:
         self._caller = checked_caller(config.caller, "config.caller")
         self._session_id = keys.check_session_id(config.session_id or keys.new_session_id())
         route = route_of_call(config.options)
+        await self._turns.records.check_tenant(self._session_id, self._caller.tenant)
         self._reservation = await self._admission.admit(self._session_id, self._caller.tenant, route)
         record, new = await self._turns.records.begin(self._session_id, self._caller)
         if config.messages and not new:
@@ -361,8 +367,7 @@ class Call:
         if turn_id not in self._followed:
             return None
         following, task = self._followed[turn_id]
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
         following.feed.close()  # a task that is cancelled before it began closes nothing
         self._followed.pop(turn_id, None)
         return following

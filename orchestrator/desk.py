@@ -50,10 +50,14 @@ class Desk:
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of something that is done to its end even when the call that asks for it is cut off."""
+        return await asyncio.shield(self.begin(work))
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Something that is done to its end. Shield it where it is awaited."""
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._finished)
-        return await asyncio.shield(task)
+        return task
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         """What fails is raised where it is awaited; a call that was cut off awaits nothing any more."""

@@ -45,11 +45,16 @@ class Records:
     async def load(self, session_id: str, tenant: str) -> SessionRecord:
         """A session of this tenant. Raises NotFoundError."""
         record, _ = await patiently(lambda: self._journal.load_session(session_id))
-        if record.caller.tenant != tenant:
-            raise NotFoundError(
-                f"no session {session_id}: it has expired or was deleted; begin one", field="session_id"
-            )
+        _check_tenant(record, tenant)
         return record
+
+    async def check_tenant(self, session_id: str, tenant: str) -> None:
+        """Raise NotFoundError for a session of another tenant; one that does not exist is nobody's yet."""
+        try:
+            record, _ = await patiently(lambda: self._journal.load_session(session_id))
+        except NotFoundError:
+            return
+        _check_tenant(record, tenant)
 
     async def life(self, session_id: str) -> int:
         """Milliseconds until a session is forgotten unless it goes on."""
@@ -89,6 +94,11 @@ class Records:
                 continue
             return result
         raise UnavailableError(f"session {session_id} is changed by others all the time; try again", retry_after=1.0)
+
+
+def _check_tenant(record: SessionRecord, tenant: str) -> None:
+    if record.caller.tenant != tenant:
+        raise NotFoundError(f"no session {record.id}: it has expired or was deleted; begin one", field="session_id")
 
 
 def new_record(session_id: str, caller: Caller, *, one_off: bool = False) -> SessionRecord:

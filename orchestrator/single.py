@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from kimia.errors import KimiaError, NotFoundError
+from kimia.stage import StageKind
 from kimia.streams import keys
 from kimia.v1.kimi_audio_pb2 import GenerateRequest, ResumeRequest, TurnEvent
 from kimia.v1.turn_pb2 import Caller
@@ -56,21 +59,27 @@ async def generate(desk: Desk, ask: Ask) -> AsyncGenerator[TurnEvent]:
 
     A client that vanishes may resume the turn; where it cannot, the turn is stopped and everything of it deleted.
     """
-    turn_id = keys.new_turn_id(ask.session_id)
-    messages, _ = separated(turn_id, ask.request.messages)
-    route = route_for(messages, ask.request.options)
-    reservation = await desk.admission.admit(ask.session_id, ask.caller.tenant, route)
-    finished, started = False, ""
+    route = route_of_request(ask.request)
+    if not ask.one_off:
+        await desk.turns.records.check_tenant(ask.session_id, ask.caller.tenant)
+    reservation = await desk.admission.admit(ask.session_id, ask.caller.tenant, route, secrets.token_hex(8))
+    starting, finished = desk.begin(_started(desk.turns, ask)), False
     try:
-        started = await desk.finish(_started(desk.turns, ask))
-        following = await desk.turns.follow(started, ask.caller.tenant, Position())
+        following = await desk.turns.follow(await asyncio.shield(starting), ask.caller.tenant, Position())
         async with aclosing(desk.told(following)) as events:
             async for event in events:
                 yield event
         finished = True
     finally:
         reservation.leave()
-        desk.later(_afterwards(desk, ask, reservation, started, finished=finished))
+        desk.later(_afterwards(desk, ask, reservation, starting, finished=finished))
+
+
+def route_of_request(request: GenerateRequest) -> tuple[StageKind, ...]:
+    """The stages that the request's turn passes, whatever its session remembers; clips need no numbers yet."""
+    stages = set(route_for((), request.options))
+    stages.update(kind for message in request.messages for kind in route_for([message], request.options))
+    return tuple(sorted(stages, key=lambda kind: kind.number))
 
 
 async def _started(turns: Turns, ask: Ask) -> str:
@@ -114,7 +123,11 @@ async def _submitted(turns: Turns, ask: Ask, opened: OpenInput) -> str:
     return started.id
 
 
-async def _afterwards(desk: Desk, ask: Ask, reservation: Reservation, turn_id: str, *, finished: bool) -> None:
+async def _afterwards(
+    desk: Desk, ask: Ask, reservation: Reservation, starting: asyncio.Task[str], *, finished: bool
+) -> None:
+    await asyncio.wait([starting])  # a client that is quick to vanish leaves before its turn has begun
+    turn_id = "" if starting.cancelled() or starting.exception() else starting.result()
     session_id = keys.session_of(turn_id) if turn_id else ask.session_id
     if finished or not turn_id:
         await reservation.release()

@@ -21,6 +21,7 @@ from kimia.streams import keys
 from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Inbox
 from kimia.streams.journal import Head, Journal
+from kimia.streams.patience import end
 from kimia.streams.wire import Wire
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, Message, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
@@ -108,6 +109,7 @@ def separated(turn_id: str, messages: Iterable[Message]) -> tuple[list[Message],
     """Messages without their sound, and the input log of the turn that takes it."""
     copies = []
     pieces: list[InputAudio] = []
+    count = 0  # clips
     for message in messages:
         copy = Message()
         copy.CopyFrom(message)
@@ -116,9 +118,10 @@ def separated(turn_id: str, messages: Iterable[Message]) -> tuple[list[Message],
             data = clip.data
             clip.ClearField("data")
             if message.HasField("audio") or not clip.codes:
-                clip.source_turn, clip.source_number = turn_id, sum(piece.clip_end for piece in pieces)
-                clip.number = clip.source_number
-                pieces.extend(cut(data, clip.number))
+                clip.source_turn, clip.source_number = turn_id, count
+                clip.number = count
+                pieces.extend(cut(data, count))
+                count += 1
     last = len(pieces) - 1
     return copies, [Chunk(index=at, input=piece, final=at == last) for at, piece in enumerate(pieces)]
 
@@ -156,10 +159,7 @@ class Turns:
 
     async def aclose(self) -> None:
         """End what goes on beside the calls."""
-        tasks = list(self._rescues.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(list(self._rescues.values()))
 
     async def open(self, session_id: str, caller: Caller, turn_id: str = "") -> OpenInput:
         """A new turn of the session, ready for input. Raises NotFoundError for a deleted session."""

@@ -1,9 +1,11 @@
 import asyncio
 
+import grpc
 import pytest
 
 from kimia.errors import CapacityError, NotFoundError, RequestError, StateError, UnavailableError, UnsupportedError
 from kimia.runtime.fake import read_pcm
+from kimia.status import from_rpc_error
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
@@ -525,6 +527,55 @@ async def test_a_session_deleted_during_its_call_ends_it(world):
         await call.event("audio")
         await world.stub.DeleteSession(pb.DeleteSessionRequest(session_id="s"))
         assert isinstance(await call.error(), NotFoundError)
+
+
+async def test_rows_of_a_call_that_its_own_mistake_has_ended_are_free_at_once(world):
+    await world.begin(rows=1)
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        await call.send(commit=pb.Commit())
+        assert isinstance(await call.error(), StateError)
+
+    async def free():
+        return set((await world.reserved()).values()) == {0}
+
+    await world.until_async(free)
+
+
+async def test_rows_of_a_turn_that_goes_on_stay_reserved_after_a_mistake(world):
+    await world.begin(ENDLESS, rows=1)
+    async with world.call(session_id="s") as call:
+        await call.send(text=pb.CallerText(text="tell me"))
+        await call.send(commit=pb.Commit())
+        await call.event("started")
+        await call.send(commit=pb.Commit())
+        assert isinstance(await call.error(), StateError)
+    await world.afterwards()
+    assert set((await world.reserved()).values()) == {1}
+
+
+async def test_a_request_beside_a_call_leaves_the_rows_of_the_call(world):
+    await world.begin(rows=1)
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        await world.generate(session_id="s")
+        await world.afterwards(calls=1)
+        assert set((await world.reserved()).values()) == {1}
+        await call.send(text=pb.CallerText(text="next"))
+        assert kinds(await call.answer())[-1] == "done"
+
+
+async def test_another_tenant_does_not_touch_the_rows_of_a_call(world):
+    await world.begin(rows=1)
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        before = await world.wire.journal.hgetall("{ledger}:session:s")
+        with pytest.raises(grpc.RpcError) as caught:
+            await world.generate(session_id="s", caller={"tenant": "other"})
+        assert isinstance(from_rpc_error(caught.value), NotFoundError)
+        async with world.call(session_id="s", caller={"tenant": "other"}) as other:
+            assert isinstance(await other.error(), NotFoundError)
+        assert await world.wire.journal.hgetall("{ledger}:session:s") == before
 
 
 # ---- a process that dies ----------------------------------------------------------------------------------------

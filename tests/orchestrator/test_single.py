@@ -24,6 +24,7 @@ from tests.orchestrator.world import (
     speaks,
     text_of,
 )
+from tests.runtime.workers import SECONDS
 
 pytestmark = pytest.mark.unit
 
@@ -193,6 +194,27 @@ async def test_a_client_that_vanishes_frees_rows_and_keys(world):
         return free and await world.keys(session) == [f"{{0}}:gone:{session}"]
 
     await world.until_async(nothing_left)
+
+
+async def test_a_client_that_vanishes_before_its_turn_began_leaves_nothing(world, monkeypatch):
+    await world.begin(ENDLESS)
+    turns, opening, go_on = world.hosts[0].desk.turns, asyncio.Event(), asyncio.Event()
+    begin = turns.records.begin
+
+    async def slowly(*args, **kwargs):
+        opening.set()
+        await go_on.wait()
+        return await begin(*args, **kwargs)
+
+    monkeypatch.setattr(turns.records, "begin", slowly)
+    stream = world.stub.Generate(pb.GenerateRequest(messages=[asks()]))
+    await opening.wait()
+    stream.cancel()
+    await world.hosts[0].servicer.ended(SECONDS)
+    go_on.set()
+    await world.afterwards()
+    assert await world.keys("turn") == await world.keys("session") == []
+    assert set((await world.reserved()).values()) == {0}
 
 
 async def test_a_client_with_a_key_may_come_back(world):

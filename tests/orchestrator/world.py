@@ -147,6 +147,15 @@ class World(House):
     def rows_used(self):
         return sum(worker._rows.used for worker in self.running)
 
+    async def afterwards(self, calls=0):
+        """Until so many calls are left, and everything is done that follows those that have ended."""
+        desk, servicer = self.hosts[0].desk, self.hosts[0].servicer
+
+        async def done():
+            return servicer._running == calls and not desk._background
+
+        await self.until_async(done)
+
     async def spec(self, turn_id):
         """The turn as the stages see it."""
         return (await self.journal.head(turn_id)).turn
