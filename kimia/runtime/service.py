@@ -38,6 +38,7 @@ from kimia.runtime.rows import Rows
 from kimia.runtime.server import bind, build_server, offer_reflection
 from kimia.runtime.settings import Settings, read_settings
 from kimia.stage import Stage, StageKind
+from kimia.streams.patience import end
 
 if TYPE_CHECKING:
     from kimia.runtime.worker import Worker
@@ -140,7 +141,7 @@ async def serve(service: Service, settings: Settings, signals: asyncio.Queue[str
             log.info("stopped", before="ready")
             return 0
         working = asyncio.create_task(service.run())
-        stack.push_async_callback(_cancelled, working)
+        stack.push_async_callback(end, [working])
         with _ready_file(settings.ready_file, address):
             health.set(True)
             log.info("serving", address=address)
@@ -189,14 +190,7 @@ async def _unless_signalled(work: Awaitable[Any], signals: asyncio.Queue[str]) -
         await working
         return True
     finally:
-        await _cancelled(signalled)
-        await _cancelled(working)
-
-
-async def _cancelled(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it has ended."""
-    task.cancel()
-    await asyncio.wait({task})
+        await end([signalled, working])
 
 
 @contextlib.contextmanager
