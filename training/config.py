@@ -17,6 +17,7 @@ from kimia.model import layout
 from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
 from kimia.model.checkpoint_presets import Preset, text_files
 from kimia.model.consistency import ModelConfigs, read_configs
+from training.vocabulary import domain_tokens, tiktoken_lines
 
 SEGMENT_SECONDS = 8
 MEL_BINS = 80  # of the encoders: the teacher's
@@ -72,7 +73,7 @@ STORED_BYTES = {"lm": 2, "whisper": 2, "vq": 2, "flow": 4, "vocoder": 4}  # bflo
 
 
 def config_files() -> dict[PurePosixPath, str]:
-    """Every file of the micro checkpoint that is not weights: path in the folder -> content."""
+    """Every file of the micro checkpoint but weights and vocabulary: path in the folder -> content."""
     files = text_files(MICRO)
     changes: dict[str, dict[str, Any]] = {
         "config.json": TRAINED,
@@ -86,8 +87,13 @@ def config_files() -> dict[PurePosixPath, str]:
 
 
 def write_configs(root: Path) -> Checkpoint:
-    """Write the config files into a folder and open it as a checkpoint (without weights)."""
-    for path, text in config_files().items():
+    """Write the config files and the vocabulary into a folder and open it as a checkpoint (without weights)."""
+    vocabulary = {PurePosixPath("tiktoken.model"): tiktoken_lines(domain_tokens(MICRO.base_tokens))}
+    return _write(root, config_files() | vocabulary)
+
+
+def _write(root: Path, files: dict[PurePosixPath, str]) -> Checkpoint:
+    for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8")
     return Checkpoint(root, root / VQ_TOKENIZER)
@@ -96,7 +102,7 @@ def write_configs(root: Path) -> Checkpoint:
 def micro_configs() -> ModelConfigs:
     """The configs, read and cross-checked as those of any checkpoint are."""
     with TemporaryDirectory() as folder:
-        return read_configs(write_configs(Path(folder)))
+        return read_configs(_write(Path(folder), config_files()))
 
 
 def weight_bytes(configs: ModelConfigs) -> dict[str, int]:

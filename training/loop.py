@@ -132,10 +132,11 @@ class Loop:
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
+        weights = {name for name, _ in self.module.named_parameters()}
         for name, value in self.module.state_dict().items():
-            if value.dtype.is_floating_point:
+            if name in weights:
                 self.averaged[name].lerp_(value, 1 - decay)
-            else:
+            else:  # a buffer keeps its own average, where it has one
                 self.averaged[name].copy_(value)
 
     # ---- reporting ----

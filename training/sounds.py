@@ -38,12 +38,13 @@ def ring(rng: np.random.Generator, samples: int) -> np.ndarray:
     low = rng.uniform(400, 900)
     warble = 0.5 + 0.5 * np.sign(_tone(rng.uniform(15, 25), samples))
     tones = warble * _tone(low, samples) + (1 - warble) * _tone(low * rng.uniform(1.15, 1.3), samples)
-    return tones * _gate(samples, rng.uniform(0.8, 1.4), rng.uniform(0.5, 0.75))
+    return np.asarray(tones * _gate(samples, rng.uniform(0.8, 1.4), rng.uniform(0.5, 0.75)))
 
 
 def beep(rng: np.random.Generator, samples: int) -> np.ndarray:
     """A steady tone, switched on and off."""
-    return _tone(rng.uniform(800, 2500), samples) * _gate(samples, rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.6))
+    gate = _gate(samples, rng.uniform(0.3, 0.8), rng.uniform(0.3, 0.6))
+    return np.asarray(_tone(rng.uniform(800, 2500), samples) * gate)
 
 
 def knock(rng: np.random.Generator, samples: int) -> np.ndarray:

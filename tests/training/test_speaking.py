@@ -1,0 +1,51 @@
+"""Speech as codes, mel and sound of one length."""
+
+import pytest
+import torch
+
+from kimia.errors import AudioError, ParameterError
+from training.speaking import Speaking, Spoken
+
+pytestmark = pytest.mark.unit
+
+
+class Counting:
+    """A tokenizer whose codes are the positions."""
+
+    def encode(self, waves):
+        return [torch.arange(-(-len(wave) // 1280)) for wave in waves]
+
+
+@pytest.fixture
+def speaker_clips(tone_clips):
+    return [clip for clip in tone_clips if clip.item.voice == "hibari"]
+
+
+def speaking(configs, clips, tokenizer=None):
+    return Speaking(clips, tokenizer, configs.flow, configs.vocoder, seed=1)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 1919])
+def test_codes_mel_and_sound_have_one_length(configs, speaker_clips, offset):
+    clip = speaker_clips[0]
+    spoken = speaking(configs, speaker_clips, Counting()).spoken(clip, offset)
+    assert len(spoken.codes) == clip.tokens + (offset > 0)
+    assert spoken.mel.shape == (4 * len(spoken.codes), 80)
+    assert spoken.wave[:offset].abs().sum() == 0
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    with pytest.raises(AudioError, match="3 codes, 8 mel frames"):
+        Spoken(torch.zeros(3), torch.zeros(8, 80), torch.zeros(5760))
+
+
+def test_other_voices_are_refused(configs, tone_clips):
+    with pytest.raises(ParameterError, match="flite-slt"):
+        speaking(configs, tone_clips)
+    with pytest.raises(ParameterError, match="none"):
+        speaking(configs, [])
+
+
+def test_a_step_s_batch_is_the_same_in_every_run(configs, speaker_clips):
+    first, again = (speaking(configs, speaker_clips).batch(4, 3) for _ in range(2))
+    assert all(torch.equal(one.wave, other.wave) for one, other in zip(first, again, strict=True))

@@ -1,0 +1,196 @@
+"""The flow-matching model, trained as it is used: chunk after chunk, behind a prefix of what was said before.
+
+    python -m training.flow --corpus FOLDER --tokenizer RUN --run FOLDER
+
+A clip is cut into chunks as the streaming presets cut it. Each chunk is solved with its look-ahead and the keys and
+values of the chunks before it; then its clean mel is committed at time 999, as after a solve. Some codes are wrong
+and the committed mel is a little noisy, as both will be when the language model has chosen the codes.
+
+Shapes: B clips, n tokens, T = 4 n frames, M mel bins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kimia.model.checkpoint import ARCHIVE, Stored
+from kimia.model.config import FlowConfig
+from kimia.model.dit import Chunk, DiT, Prefix, rotary
+from kimia.model.flow import COMMIT_TIME, TIME_SCALE
+from kimia.model.layout import FLOW_PREFIX
+from kimia.model.writing import write_torch
+from training.config import micro_configs
+from training.corpus import load_clips
+from training.loop import Loop, Plan, averaged_weights
+from training.speaking import FRAMES_PER_TOKEN, Speaking, Spoken
+from training.voices import SPEAKER
+from training.vq import Recipe as VQRecipe
+from training.vq import VQTraining
+
+FOLDER = "audio_detokenizer"  # in a checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How speech is cut and disturbed."""
+
+    batch: int = 8
+    commits: tuple[int, int] = (6, 37)  # tokens that a chunk commits, drawn between: both presets' sizes
+    look_aheads: tuple[int, ...] = (4, 12)  # of the presets
+    wrong_codes: float = 0.04  # share replaced by any code
+    commit_noise: float = 0.1  # standard deviation on the committed mel
+
+
+@dataclass(frozen=True)
+class _Layers(Prefix):
+    """Keys and values in one tensor a layer: they are written in place, which a gradient forbids for a shared one."""
+
+    @property
+    def frames(self) -> int:
+        """Mel frames remembered."""
+        return int(self.keys[0].shape[2])
+
+
+def _layers(held: Sequence[Tensor], others: Sequence[Tensor]) -> _Layers:
+    return _Layers(tuple(held), tuple(others))  # type: ignore[arg-type]  # iterated layer by layer, as a stack is
+
+
+def _roomy(held: Tensor, frames: int) -> Tensor:
+    return F.pad(held, (0, 0, 0, frames))
+
+
+class FlowTraining(nn.Module):
+    """The velocity field and its losses."""
+
+    def __init__(self, config: FlowConfig, recipe: Recipe = Recipe()) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.dit = DiT(config)
+        _begin(self.dit)
+
+    # ---- one chunk ----
+
+    def empty(self, batch: int) -> _Layers:
+        """The prefix of clips that have said nothing."""
+        nothing = self.dit.empty_prefix(batch)
+        return _layers(list(nothing.keys), list(nothing.values))
+
+    def chunk(self, codes: Tensor, start: int, prefix: _Layers) -> Chunk:
+        """What a chunk of codes (B, n) needs, as `DiT.chunk` gathers it, with a cache that gradients pass."""
+        frames = codes.shape[1] * FRAMES_PER_TOKEN
+        room = _layers([_roomy(k, frames) for k in prefix.keys], [_roomy(v, frames) for v in prefix.values])
+        rotation = rotary(self.dit.config, start, frames, self.dit.device)
+        return Chunk(self.dit.semantic_token_embedding(codes), FRAMES_PER_TOKEN, rotation, None, room)
+
+    def matching(self, mel: Tensor, chunk: Chunk, generator: torch.Generator) -> Tensor:
+        """Squared error of the velocity at a random time, of clean mel (B, T, M)."""
+        noise = torch.randn(mel.shape, generator=generator)
+        index = torch.randint(TIME_SCALE, (len(mel),), generator=generator)
+        time = (index / TIME_SCALE)[:, None, None]
+        velocity = self.dit((1 - time) * noise + time * mel, self.dit.t_embedder(index), chunk)
+        error: Tensor = velocity - (mel - noise)
+        return error.square()
+
+    def committed(self, mel: Tensor, codes: Tensor, start: int, prefix: _Layers) -> _Layers:
+        """The prefix with a finished chunk's keys and values behind it."""
+        chunk = self.chunk(codes, start, prefix)
+        self.dit(mel, self.dit.embed_times((COMMIT_TIME,)), chunk)
+        return _layers(list(chunk.cache.keys), list(chunk.cache.values))
+
+    # ---- whole clips ----
+
+    def losses(self, spoken: Sequence[Spoken], step: int) -> dict[str, Tensor]:
+        """The loss of a step's clips, cut to the shortest."""
+        rng, generator = random.Random(step), torch.Generator().manual_seed(step)
+        tokens = min(len(one.codes) for one in spoken)
+        mel = torch.stack([one.mel[: tokens * FRAMES_PER_TOKEN] for one in spoken])
+        codes = self._disturbed(torch.stack([one.codes[:tokens] for one in spoken]), generator)
+        prefix, squares = self.empty(len(spoken)), []
+        for begin, kept, end in cuts(rng, tokens, self.recipe):
+            position = begin * FRAMES_PER_TOKEN
+            inside = slice(position, end * FRAMES_PER_TOKEN)
+            chunk = self.chunk(codes[:, begin:end], position, prefix)
+            squares.append(self.matching(mel[:, inside], chunk, generator).flatten())
+            if end < tokens:
+                clean = mel[:, position : kept * FRAMES_PER_TOKEN]
+                noisy = clean + self.recipe.commit_noise * torch.randn(clean.shape, generator=generator)
+                prefix = self.committed(noisy, codes[:, begin:kept], position, prefix)
+        return {"velocity": torch.cat(squares).mean()}
+
+    def _disturbed(self, codes: Tensor, generator: torch.Generator) -> Tensor:
+        wrong = torch.rand(codes.shape, generator=generator) < self.recipe.wrong_codes
+        return torch.where(wrong, torch.randint(self.dit.config.audio_codes, codes.shape, generator=generator), codes)
+
+
+def cuts(rng: random.Random, tokens: int, recipe: Recipe) -> Iterator[tuple[int, int, int]]:
+    """Chunks as they are pushed: begin, end of what is committed, end of what is solved (all in tokens)."""
+    begin, look_ahead = 0, rng.choice(recipe.look_aheads)
+    while True:
+        kept = begin + rng.randint(*recipe.commits)
+        if kept + look_ahead >= tokens:  # the final push
+            yield begin, tokens, tokens
+            return
+        yield begin, kept, kept + look_ahead
+        begin = kept
+
+
+@torch.no_grad()
+def _begin(dit: DiT) -> None:
+    """Starting weights: every block begins as the identity (its gates are zero), the velocity as zero."""
+    for layer in dit.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    nn.init.normal_(dit.semantic_token_embedding.weight, std=0.5)
+    gates = [
+        layer for name, layer in dit.named_modules() if name.endswith(("adaLN_modulation.1", "final_layer.linear"))
+    ]
+    for gate in gates:
+        assert isinstance(gate, nn.Linear)
+        nn.init.zeros_(gate.weight)
+
+
+def write_flow(root: Path, training: FlowTraining) -> None:
+    """Write the flow model's weights into a checkpoint folder that has its config files, in the released layout."""
+    source = {
+        FLOW_PREFIX + name: Stored(tuple(value.shape), "float32", lambda value=value: value)  # type: ignore[misc]
+        for name, value in training.dit.state_dict().items()
+    }
+    write_torch(root / FOLDER / ARCHIVE, "state_dict", source)
+
+
+def main() -> None:
+    """Train the flow model on the codes of a finished tokenizer."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer's run")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    options = parser.parse_args()
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    configs = micro_configs()
+    assert configs.flow is not None
+    assert configs.vocoder is not None
+    vq = VQTraining(configs.vq, configs.vq_features, configs.flow, VQRecipe(0))
+    averaged_weights(options.tokenizer, vq)
+    clips = load_clips(options.corpus, "train", SPEAKER.name)
+    speaking = Speaking(clips, vq.finished(), configs.flow, configs.vocoder, seed=3)
+    training, plan = FlowTraining(configs.flow), Plan(options.steps, options.rate, seconds=options.seconds)
+    size = training.recipe.batch
+    Loop("flow", training, lambda step: training.losses(speaking.batch(step, size), step), plan, options.run).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What the speaking stages learn from: the speaking voice's clips as codes, mel and sound.
+
+The codes are those that the finished tokenizer gives for the clip, begun at a random place inside the first token: the
+same sentence has many codings, and the flow model should draw the same speech from each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor
+
+from kimia.errors import AudioError, ParameterError
+from kimia.model.bigvgan import mel_spectrogram
+from kimia.model.config import FlowConfig, VocoderConfig
+from kimia.model.vq import VQTokenizer
+from training.corpus import TOKEN_SAMPLES, Clip
+from training.voices import HEARING_RATE, SPEAKER, SPEECH_RATE
+
+FRAMES_PER_TOKEN = 4
+NEIGHBOURS = 64  # clips of like length that a batch is drawn from
+
+
+@dataclass(frozen=True, eq=False)
+class Spoken:
+    """Some speech, N tokens long."""
+
+    codes: Tensor  # (N,) int64
+    mel: Tensor  # (4 N, M) normalised
+    wave: Tensor  # (N * TOKEN_SAMPLES,) float32 at SPEECH_RATE
+
+    def __post_init__(self) -> None:
+        tokens = len(self.codes)
+        if len(self.mel) != FRAMES_PER_TOKEN * tokens or len(self.wave) != TOKEN_SAMPLES * tokens:
+            raise AudioError(
+                f"{tokens} codes, {len(self.mel)} mel frames and {len(self.wave)} samples do not belong together"
+            )
+
+
+class Speaking:
+    """The speaking voice's clips, coded."""
+
+    def __init__(
+        self, clips: Sequence[Clip], tokenizer: VQTokenizer | None, flow: FlowConfig, vocoder: VocoderConfig, seed: int
+    ) -> None:
+        strange = {clip.item.voice for clip in clips} - {SPEAKER.name}
+        if strange or not clips:
+            raise ParameterError(
+                f"speech is learned from clips of {SPEAKER.name} alone, got {sorted(strange) or 'none'}"
+            )
+        self.clips = sorted(clips, key=lambda clip: clip.tokens)
+        self.tokenizer, self.flow, self.vocoder, self.seed = tokenizer, flow, vocoder, seed
+
+    def spoken(self, clip: Clip, offset: int = 0) -> Spoken:
+        """A clip with `offset` samples of silence before it. Without a tokenizer all codes are 0."""
+        samples = np.pad(clip.speech.astype(np.float32) / 2**15, (offset, TOKEN_SAMPLES - offset if offset else 0))
+        wave = torch.from_numpy(samples)
+        mel = (mel_spectrogram(wave, self.vocoder) - self.flow.mel_mean) / self.flow.mel_std
+        return Spoken(self._codes(samples), mel, wave)
+
+    def _codes(self, samples: np.ndarray) -> Tensor:
+        if self.tokenizer is None:
+            return torch.zeros(len(samples) // TOKEN_SAMPLES, dtype=torch.long)
+        return self.tokenizer.encode([soxr.resample(samples, SPEECH_RATE, HEARING_RATE, quality="HQ")])[0]
+
+    def batch(self, step: int, size: int) -> list[Spoken]:
+        """The speech of a step, alike in length: the same in every run."""
+        rng = random.Random(f"{self.seed}/{step}")
+        start = rng.randrange(max(1, len(self.clips) - NEIGHBOURS))
+        chosen = rng.choices(self.clips[start : start + NEIGHBOURS], k=size)
+        return [self.spoken(clip, rng.randrange(TOKEN_SAMPLES)) for clip in chosen]

@@ -1,0 +1,160 @@
+"""BigVGAN of the speaking voice: mel and multi-resolution spectra as losses.
+
+    python -m training.vocoder --corpus FOLDER --run FOLDER
+
+Notes
+- Half of the mels are disturbed a little, so that the mels of the flow model do not surprise it.
+- An earlier study on such a machine found: learning rate at most 4e-4, clip at 3, averaged weights; the loss falls for
+  hours. Adversarial training is not here yet.
+
+Shapes: B pieces, M mel bins, T mel frames, S = hop * T samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kimia.model.bigvgan import BigVGAN, mel_spectrogram
+from kimia.model.checkpoint import ARCHIVE, Source, Stored
+from kimia.model.config import FlowConfig, VocoderConfig
+from kimia.model.random_weights import _lowpass
+from kimia.model.writing import write_torch
+from training.config import micro_configs
+from training.corpus import load_clips
+from training.loop import Loop, Plan, averaged_weights
+from training.speaking import Speaking, Spoken
+from training.voices import SPEAKER
+
+FOLDER = "vocoder"  # in a checkpoint
+RESOLUTIONS = ((256, 64), (512, 128), (1024, 256), (2048, 512))  # window and hop of each spectrum
+PIECE_FRAMES = 32  # of one training piece, 0.64 s
+DISTURBED = 0.5  # share of the pieces
+DISTURBANCE = 0.08  # standard deviation, of normalised mels
+MEL_WEIGHT = 1.0
+
+
+class VocoderTraining(nn.Module):
+    """The vocoder and its losses."""
+
+    def __init__(self, config: VocoderConfig, flow: FlowConfig) -> None:
+        super().__init__()
+        self.config, self.flow = config, flow
+        self.vocoder = BigVGAN(config)
+        _begin(self.vocoder)
+
+    def losses(self, spoken: Sequence[Spoken], step: int) -> dict[str, Tensor]:
+        """The losses of a piece of each clip."""
+        rng, generator = random.Random(step), torch.Generator().manual_seed(step)
+        mels, waves = zip(*[self._piece(one, rng) for one in spoken], strict=True)
+        mel, wave = torch.stack(mels), torch.stack(waves)  # (B, T, M), (B, S)
+        disturbed = (torch.rand(len(mel), 1, 1, generator=generator) < DISTURBED) * DISTURBANCE
+        heard = mel + disturbed * torch.randn(mel.shape, generator=generator)
+        made = self.vocoder((heard * self.flow.mel_std + self.flow.mel_mean).transpose(1, 2))
+        return {"mel": MEL_WEIGHT * self.mel_error(made, wave), "spectra": spectra_error(made, wave)}
+
+    def _piece(self, spoken: Spoken, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """A random stretch of a clip: mel (T, M) and wave (S,); a short clip is filled up with silence."""
+        hop = self.config.hop
+        start = rng.randrange(max(1, len(spoken.mel) - PIECE_FRAMES + 1))
+        mel, wave = spoken.mel[start : start + PIECE_FRAMES], spoken.wave[start * hop : (start + PIECE_FRAMES) * hop]
+        silence = (math.log(1e-5) - self.flow.mel_mean) / self.flow.mel_std
+        lacking = PIECE_FRAMES - len(mel)
+        return F.pad(mel, (0, 0, 0, lacking), value=silence), F.pad(wave, (0, lacking * hop))
+
+    def mel_error(self, made: Tensor, wave: Tensor) -> Tensor:
+        """Mean absolute difference of the log-mels of (B, S) and (B, S)."""
+        pairs = [
+            (mel_spectrogram(left, self.config), mel_spectrogram(right, self.config))
+            for left, right in zip(made, wave, strict=True)
+        ]
+        return torch.stack([F.l1_loss(left, right) for left, right in pairs]).mean()
+
+
+def spectra_error(made: Tensor, wave: Tensor) -> Tensor:
+    """Spectral convergence and log-magnitude error over all resolutions, of (B, S) and (B, S)."""
+    return torch.stack([_spectrum_error(made, wave, *resolution) for resolution in RESOLUTIONS]).mean()
+
+
+def _spectrum_error(made: Tensor, wave: Tensor, window: int, hop: int) -> Tensor:
+    left, right = (_magnitude(wave_, window, hop) for wave_ in (made, wave))
+    convergence: Tensor = (right - left).norm() / right.norm().clamp(min=1e-3)
+    return convergence + F.l1_loss(left.log(), right.log())
+
+
+def _magnitude(wave: Tensor, window: int, hop: int) -> Tensor:
+    shape = torch.hann_window(window)
+    spectrum = torch.stft(wave, window, hop, window, shape, return_complex=True)
+    return torch.view_as_real(spectrum).square().sum(-1).clamp(min=1e-6).sqrt()
+
+
+@torch.no_grad()
+def _begin(vocoder: BigVGAN) -> None:
+    """Starting weights: small convolutions, snakes of frequency one, the release's low-pass filters."""
+    for layer in vocoder.modules():
+        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
+            nn.init.normal_(layer.weight, std=0.6 / math.sqrt(layer.weight[0].numel()))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for name, parameter in vocoder.named_parameters():
+        if name.endswith(("act.alpha", "act.beta")):
+            nn.init.zeros_(parameter)  # logarithms
+    for name, buffer in vocoder.named_buffers():
+        if name.endswith("filter"):
+            buffer.copy_(_lowpass(tuple(buffer.shape), buffer.dtype, torch.Generator()))
+
+
+def weight_normed(vocoder: BigVGAN) -> Source:
+    """The vocoder's tensors with every weight split into magnitude and direction, as the release stores them."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in vocoder.state_dict().items():
+        if name.endswith(".weight"):
+            tensors[f"{name}_g"] = value.flatten(1).norm(dim=1).view(-1, *[1] * (value.dim() - 1))
+            tensors[f"{name}_v"] = value
+        else:
+            tensors[name] = value
+    return {
+        name: Stored(tuple(value.shape), "float32", lambda value=value: value)  # type: ignore[misc]
+        for name, value in tensors.items()
+    }
+
+
+def write_vocoder(root: Path, training: VocoderTraining) -> None:
+    """Write the vocoder's weights into a checkpoint folder that has its config files, in the released layout."""
+    write_torch(root / FOLDER / ARCHIVE, "generator", weight_normed(training.vocoder))
+
+
+def main() -> None:
+    """Train the vocoder on the speaking voice."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    options = parser.parse_args()
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    configs = micro_configs()
+    assert configs.flow is not None
+    assert configs.vocoder is not None
+    clips = load_clips(options.corpus, "train", SPEAKER.name)
+    speaking = Speaking(clips, None, configs.flow, configs.vocoder, seed=4)
+    training = VocoderTraining(configs.vocoder, configs.flow)
+    plan = Plan(options.steps, options.rate, clip=3.0, seconds=options.seconds)
+    Loop(
+        "vocoder", training, lambda step: training.losses(speaking.batch(step, options.batch), step), plan, options.run
+    ).run()
+    averaged_weights(options.run, training)
+
+
+if __name__ == "__main__":
+    main()
