@@ -16,7 +16,6 @@ from kimia.errors import RequestError
 from kimia.stage import Log
 
 LOGS: tuple[Log, ...] = ("input", "encoded", "tokens", "audio")
-READER_LOGS: tuple[Log, ...] = ("tokens", "audio")  # those that an orchestrator follows
 
 INTERACTIVE = "interactive"
 BATCH = "batch"
