@@ -335,8 +335,10 @@ async def test_a_turn_that_was_handed_over_goes_on_where_it_was(world):
     old, new = await world.worker(LLM, "old"), await world.worker(LLM, "new")
     claim = await world.claimed(old)
     await old.publish(claim, step(0))
+    queued = (await world.journal.head(claim.turn.id)).stages["llm"].queued
     await old.release(claim)
     await old.release(claim)  # once more: nothing
+    assert (await world.journal.head(claim.turn.id)).stages["llm"].queued == queued  # its wait was over long ago
     assert await old.depth() == (1, 0)
     [taken] = await new.sweep(5)
     assert (taken.turn, taken.next_index, taken.queued_seconds) == (claim.turn, 1, 0)

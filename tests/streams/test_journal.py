@@ -429,6 +429,14 @@ async def test_publishing_renews_all_keys_of_a_turn(world):
     assert all([await world.redis.ttl(name) > 800 for name in names])
 
 
+async def test_publishing_shortens_no_life(world):
+    jobs, claims = await world.speaking()
+    name = keys.log("{0}", claims["llm"].turn.id, "tokens")
+    await world.redis.expire(name, 5000)
+    await jobs["llm"].publish(claims["llm"], step(1))
+    assert await world.redis.ttl(name) > 4000
+
+
 async def test_sessions_spread_over_partitions(valkey_url):
     world = World(await Wire.connect(valkey_url, options=WireOptions(partitions=4)))
     worker = await world.worker()
