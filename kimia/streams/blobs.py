@@ -35,11 +35,3 @@ class Blobs:
                     pipe.pexpire(key, self._life)
                 found = await pipe.execute()
         return [key for key, there in zip(keys, found, strict=True) if not there]
-
-    async def delete(self, keys: Sequence[str]) -> None:
-        """Forget blobs, whether they are there or not."""
-        with reached("blob store"):
-            async with self._client.pipeline(transaction=False) as pipe:
-                for key in keys:
-                    pipe.unlink(key)
-                await pipe.execute()

@@ -36,14 +36,6 @@ async def test_every_use_begins_a_new_lease(wire):
     assert await wire.blobs.pttl("b") > 5000
 
 
-async def test_delete_forgets(wire):
-    blobs = Blobs(wire)
-    await blobs.put("a", b"x")
-    await blobs.delete(["a", "none"])
-    await blobs.delete([])
-    assert await blobs.get(["a"]) == [None]
-
-
 async def test_a_store_that_is_gone_is_named(valkey_url):
     wire = await Wire.connect(valkey_url)
     wire.blobs = type(wire.blobs).from_url("redis://127.0.0.1:1/0")
