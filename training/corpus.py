@@ -128,6 +128,13 @@ def load_clips(folder: Path, split: str, voice: str | None = None, limit: int | 
     ]
 
 
+def balanced(clips: Sequence[Clip], limit: int | None) -> list[Clip]:
+    """The first `limit` clips of the speaker and as many of callers; None for all."""
+    speaker = [clip for clip in clips if clip.item.voice == SPEAKER.name]
+    callers = [clip for clip in clips if clip.item.voice != SPEAKER.name]
+    return [*speaker[:limit], *callers[:limit]]
+
+
 # ---- all sound in one file --------------------------------------------------------------------------------------
 
 

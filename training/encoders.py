@@ -24,8 +24,17 @@ from kimia.model.config import EncoderConfig, FeatureConfig
 from kimia.model.whisper import WhisperFeatures
 from kimia.model.writing import write_safetensors
 from training.config import micro_configs
-from training.corpus import Clip, load_clips
-from training.hearing import EVENTS, FRAMES_PER_TOKEN, Batch, Hearing, events_loss, lesson_loss, letters_loss
+from training.corpus import Clip, balanced, load_clips
+from training.hearing import (
+    EVENTS,
+    FRAMES_PER_TOKEN,
+    TAUGHT_EVERY,
+    Batch,
+    Hearing,
+    events_loss,
+    lesson_loss,
+    letters_loss,
+)
 from training.initial import initialise
 from training.loop import Loop, Plan, averaged_weights
 from training.scores import CLASSES, error_rate, greedy
@@ -106,16 +115,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--limit", type=int, help="clips to train on, of the corpus's")
+    parser.add_argument("--limit", type=int, help="clips of the speaker, and as many of callers")
+    parser.add_argument("--taught-every", type=int, default=TAUGHT_EVERY, help="clips, of which the teacher hears one")
     options = parser.parse_args()
     torch.manual_seed(1)
     torch.set_num_threads(1)
     configs = micro_configs()
-    assert configs.flow is not None
-    assert configs.vocoder is not None
     training = EncoderTraining(configs.whisper, configs.whisper_features)
-    clips = load_clips(options.corpus, "train", limit=options.limit)
-    hearing = Hearing(clips, load_teacher(), configs.whisper_features, configs.vocoder, configs.flow, seed=2)
+    clips = balanced(load_clips(options.corpus, "train"), options.limit)
+    hearing = Hearing(clips, load_teacher(), configs.whisper_features, configs, 2, options.taught_every)
     plan = Plan(options.steps, options.rate, seconds=options.seconds)
     Loop(
         "encoder", training, lambda step: training.losses(hearing.windows(step, options.batch)), plan, options.run

@@ -28,12 +28,12 @@ from kimia.model.dit import Chunk, DiT, Prefix, rotary
 from kimia.model.flow import COMMIT_TIME, TIME_SCALE
 from kimia.model.layout import FLOW_PREFIX
 from kimia.model.writing import write_torch
+from training.codebook import Recipe as VQRecipe
 from training.config import micro_configs
 from training.corpus import load_clips
 from training.loop import Loop, Plan, averaged_weights
 from training.speaking import FRAMES_PER_TOKEN, Speaking, Spoken
 from training.voices import SPEAKER
-from training.vq import Recipe as VQRecipe
 from training.vq import VQTraining
 
 FOLDER = "audio_detokenizer"  # in a checkpoint

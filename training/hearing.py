@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from kimia.model.audio import LogMel
 from kimia.model.bigvgan import mel_spectrogram
-from kimia.model.config import FeatureConfig, FlowConfig, VocoderConfig
+from kimia.model.config import FeatureConfig
+from kimia.model.consistency import ModelConfigs
 from training.augment import CALLER, GENTLE, Chances, augmented
 from training.corpus import Clip
 from training.scores import BLANK, letter_ids
@@ -64,11 +65,19 @@ class Hearing:
     """Batches from clips."""
 
     def __init__(
-        self, clips: Sequence[Clip], teacher: Teacher | None, features: FeatureConfig, vocoder: VocoderConfig,
-        flow: FlowConfig, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        clips: Sequence[Clip],
+        teacher: Teacher | None,
+        features: FeatureConfig,
+        configs: ModelConfigs,
+        seed: int,
+        taught_every: int = TAUGHT_EVERY,
+    ) -> None:
+        assert configs.flow is not None
+        assert configs.vocoder is not None
         self.clips = sorted(clips, key=lambda clip: clip.tokens)
-        self.teacher, self.vocoder, self.flow, self.seed = teacher, vocoder, flow, seed
+        self.teacher, self.vocoder, self.flow, self.seed = teacher, configs.vocoder, configs.flow, seed
+        self.taught_every = taught_every
         self.segment = features.segment_samples
         self.log_mel = LogMel(features)
         self._taught: dict[int, Tensor] = {}  # (J, D) float16 by clip
@@ -152,7 +161,7 @@ class Hearing:
 
     def _lesson(self, index: int, samples: int, pace: float) -> Tensor | None:
         """The teacher's states at the pace of the changed clip, (J, D); None for clips that it does not hear."""
-        if self.teacher is None or index % TAUGHT_EVERY:
+        if self.teacher is None or index % self.taught_every:
             return None
         if index not in self._taught:
             self._taught[index] = self.teacher.hear(self.clips[index].heard()[: self.segment]).half()

@@ -21,6 +21,7 @@ from kimia.model.detokenize import Detokenizer
 from kimia.model.encode import AudioEncoder
 from kimia.model.lm import load_lm
 from kimia.model.text import TextTokenizer
+from training.codebook import Recipe
 from training.config import micro_configs, write_configs
 from training.corpus import TOKEN_SAMPLES, Clip, Item
 from training.encoders import EncoderTraining, write_encoder
@@ -32,7 +33,7 @@ from training.speaking import Speaking
 from training.tasks import Example, Part
 from training.vocoder import VocoderTraining, write_vocoder
 from training.voices import SPEAKER, SPEECH_RATE
-from training.vq import Recipe, VQTraining, write_vq
+from training.vq import VQTraining, write_vq
 
 TEXTS = ("yes", "no", "hello", "goodbye")
 
@@ -69,13 +70,13 @@ class Smoke:
         speaker = [clip for clip in clips if clip.item.voice == SPEAKER.name]
 
         encoder = EncoderTraining(configs.whisper, configs.whisper_features)
-        windows = Hearing(clips, None, configs.whisper_features, configs.vocoder, configs.flow, seed=1)
+        windows = Hearing(clips, None, configs.whisper_features, configs, seed=1)
         self.loop("encoder", encoder, lambda step: encoder.losses(windows.windows(step, 2)))
         write_encoder(root, encoder)
 
         vq = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(continuous_steps=1, batch=4))
         vq.kept = [torch.randn(configs.vq.codebook_size, configs.vq.encoder.d_model)]
-        hearing = Hearing(clips, None, configs.vq_features, configs.vocoder, configs.flow, seed=1)
+        hearing = Hearing(clips, None, configs.vq_features, configs, seed=1)
         self.loop("vq", vq, lambda step: vq.losses(hearing.batch(step, 4), step))
         write_vq(root, vq)
 

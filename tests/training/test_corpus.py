@@ -5,7 +5,19 @@ import pytest
 import soundfile
 
 from kimia.errors import AudioError, ParameterError
-from training.corpus import LIST, PACKED, TOKEN_SAMPLES, Item, load_clip, load_clips, pack, plan, read_list, write_list
+from training.corpus import (
+    LIST,
+    PACKED,
+    TOKEN_SAMPLES,
+    Item,
+    balanced,
+    load_clip,
+    load_clips,
+    pack,
+    plan,
+    read_list,
+    write_list,
+)
 from training.texts import is_held_out
 from training.voices import BY_NAME, SPEECH_RATE, Cache
 
@@ -82,6 +94,12 @@ def test_clips_are_chosen_by_split_and_voice(tmp_path):
     assert [clip.item for clip in load_clips(tmp_path, "train")] == items[:2]
     assert [clip.item for clip in load_clips(tmp_path, "train", "hibari")] == [HELLO]
     assert [clip.item for clip in load_clips(tmp_path, "train", limit=1)] == [HELLO]
+
+
+def test_a_balanced_corpus_has_as_many_callers_as_speaker_clips(tone_clips):
+    chosen = [clip.item.voice for clip in balanced(tone_clips, 2)]
+    assert chosen == ["hibari", "hibari", "flite-slt", "flite-slt"]
+    assert len(balanced(tone_clips, None)) == len(tone_clips)
 
 
 def test_packed_sound_is_the_same_sound(tmp_path):

@@ -19,7 +19,7 @@ def training(configs):
 
 
 def test_steps_run_and_every_trained_weight_moves(configs, training, tone_clips, tmp_path):
-    hearing = Hearing(tone_clips, None, configs.whisper_features, configs.vocoder, configs.flow, seed=1)
+    hearing = Hearing(tone_clips, None, configs.whisper_features, configs, seed=1)
     before = {name: value.detach().clone() for name, value in training.named_parameters() if value.requires_grad}
     plan = Plan(steps=2, learning_rate=1e-3, warmup=1, report_every=1)
     progress = Loop("encoder", training, lambda step: training.losses(hearing.windows(step, 2)), plan, tmp_path).run()

@@ -28,7 +28,7 @@ class Parrot:
 
 
 def hearing(configs, clips, teacher=None):
-    return Hearing(clips, teacher, configs.vq_features, configs.vocoder, configs.flow, seed=1)
+    return Hearing(clips, teacher, configs.vq_features, configs, seed=1)
 
 
 def test_a_step_s_batch_is_the_same_in_every_run(configs, tone_clips):

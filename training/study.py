@@ -1,0 +1,81 @@
+"""Can one codebook be both robust to speakers and spoken from? The teacher's states answer before any encoder exists.
+
+    python -m training.study --corpus FOLDER --run FOLDER --mel 2 --limit 1000
+
+A linear layer on Whisper tiny.en's own states (pooled to 12.5 Hz) feeds the codebook and heads of `training.codebook`.
+Nothing of this is shipped. It bounds what a pupil of that teacher can reach with 512 codes, at a tenth of the cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kimia.model.vq import pool
+from training.codebook import CodeTraining, Recipe, Weights, judge
+from training.config import micro_configs
+from training.corpus import Clip, balanced, load_clips
+from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing
+from training.loop import Loop, Plan, averaged_weights
+from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
+
+
+class TaughtCodes(CodeTraining):
+    """Codes of what the teacher hears."""
+
+    def __init__(self, codes: int, width: int, mel_bins: int, recipe: Recipe) -> None:
+        super().__init__(codes, width, mel_bins, recipe)
+        self.inward = nn.Sequential(nn.LayerNorm(TEACHER_WIDTH), nn.Linear(TEACHER_WIDTH, width), nn.LayerNorm(width))
+
+    def hidden(self, taught: Tensor) -> Tensor:
+        """The teacher's states (B, J, D) -> (B, K, d)."""
+        return self.inward(pool(taught, FRAMES_PER_TOKEN, "avg"))  # type: ignore[no-any-return]
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The named losses of a step, weighted."""
+        return self.code_losses(self.hidden(batch.taught), batch, step)
+
+    def codes_of(self, clip: Clip, teacher: Teacher) -> Tensor:
+        """The codes of a clip, (K,)."""
+        return self.book.nearest(self.hidden(teacher.hear(clip.heard())[None])[0])
+
+
+def main() -> None:
+    """Train codes on the teacher's states, then judge them on held-out texts."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--continuous", type=int, default=500)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
+    parser.add_argument("--limit", type=int, default=1000, help="clips of the speaker, and as many of callers")
+    parser.add_argument("--test", type=int, default=100)
+    options = parser.parse_args()
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    configs = micro_configs()
+    assert configs.flow is not None
+    assert configs.vocoder is not None
+    recipe = Recipe(options.continuous, 16, Weights(mel=options.mel))
+    width = configs.vq.encoder.d_model
+    training = TaughtCodes(configs.vq.codebook_size, width, configs.flow.mel_bins, recipe)
+    clips = balanced(load_clips(options.corpus, "train"), options.limit)
+    teacher = load_teacher()
+    hearing = Hearing(clips, teacher, configs.vq_features, configs, seed=1, taught_every=1)
+    plan = Plan(options.steps, options.rate)
+    Loop(
+        "study", training, lambda step: training.losses(hearing.batch(step, recipe.batch), step), plan, options.run
+    ).run()
+    averaged_weights(options.run, training)
+    for split, voice in (("seen", "hibari"), ("seen", None), ("unseen", None)):
+        test = load_clips(options.corpus, split, voice, options.test)
+        found = judge(training, test, hearing, lambda clip: training.codes_of(clip, teacher))
+        print(split, voice, *found.items(), sep="\n  ", flush=True)
+
+
+if __name__ == "__main__":
+    main()
