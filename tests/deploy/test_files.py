@@ -55,6 +55,12 @@ def test_settings_in_compose_are_settings_of_the_processes() -> None:
         assert names <= known
 
 
+def test_every_setting_of_the_processes_can_be_made_or_is_the_images_own() -> None:
+    own = {"LISTEN", "MODEL", "VQ_TOKENIZER", "READY_FILE"}
+    made = {name for process in PROCESSES for name in SERVICES[process]["environment"]}
+    assert {f"KIMIA_{name.upper()}" for name in Settings.model_fields} - made == {f"KIMIA_{name}" for name in own}
+
+
 def test_every_variable_of_compose_stands_in_the_example_and_the_other_way_round() -> None:
     read = set(re.findall(r"\$\{(KIMIA_\w+)", COMPOSE + GPU))
     read |= {name for process in PROCESSES for name, value in SERVICES[process]["environment"].items() if value is None}
@@ -67,6 +73,7 @@ def test_defaults_in_the_example_are_the_defaults() -> None:
     of_compose = dict(re.findall(r"\$\{(KIMIA_\w+):-([^}]*)\}", GPU + COMPOSE))  # of both, the CPU's holds
     defaults = {name: as_written(value) for name, value in (of_settings | of_compose).items()}
     free = {"KIMIA_MODEL_DIR", "KIMIA_DTYPE"}  # by the kind of deployment
+    free |= {name for name in shown if name.startswith("KIMIA_TLS_") and name.endswith("_FILE")}  # not there
     assert {k: v for k, v in shown.items() if k not in free} == {k: defaults[k] for k in shown if k not in free}
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import docker
@@ -59,12 +59,13 @@ class Deployment:
 
     project: str
     engine: docker.DockerClient
+    settings: Mapping[str, str] = field(default_factory=lambda: SETTINGS)
 
     @property
     def environment(self) -> dict[str, str]:
         """What `docker compose` and deploy/roll.sh are started with."""
         own = {k: v for k, v in os.environ.items() if k in KEPT or not k.startswith(("KIMIA_", "COMPOSE_"))}
-        return own | SETTINGS | {"COMPOSE_PROJECT_NAME": self.project}
+        return own | dict(self.settings) | {"COMPOSE_PROJECT_NAME": self.project}
 
     def command(self, *command: str, timeout: float = 600) -> str:
         """Run a program against this project; its output. Raises AssertionError with the output when it fails."""
@@ -84,6 +85,10 @@ class Deployment:
     def compose(self, *arguments: str, timeout: float = 600) -> str:
         """Run `docker compose`."""
         return self.command("docker", "compose", *arguments, timeout=timeout)
+
+    def with_settings(self, **settings: str) -> Deployment:
+        """The same project as these environment variables change it."""
+        return replace(self, settings={**self.settings, **settings})
 
     def roll(self, service: str) -> str:
         """Replace the containers of a service as docs/deployment.md says."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
+from kimia.client import AsyncKimia
+from kimia.errors import UnavailableError
 from tests.e2e.deployment import STAGES, Deployment
-from tests.e2e.turns import Spoken, load, speak
+from tests.e2e.turns import Load, Spoken, load, speak
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
@@ -22,7 +25,7 @@ try:
 except OSError as error:
     sys.exit(error.errno)
 """
-REPLICA_ROUNDS = 40  # turns after which a replica that never served is a failure
+TWO_OF_EACH = dict.fromkeys(SERVICES, 2)
 
 
 @pytest.fixture(scope="module")
@@ -111,36 +114,65 @@ def test_the_files_for_gpus_fit_together(deployment: Deployment) -> None:
 
 
 async def test_both_replicas_of_every_stage_serve(deployment: Deployment, undisturbed: dict[str, Spoken]) -> None:
-    await asyncio.to_thread(deployment.scale, **dict.fromkeys(STAGES, 2))
+    await asyncio.to_thread(deployment.scale, **TWO_OF_EACH)
+    replicas = [container for stage in STAGES for container in deployment.containers(stage, running=True)]
+    assert len(replicas) == 2 * len(STAGES)
     async with load(deployment) as state:
-        while not state.failures and len(state.turns) < REPLICA_ROUNDS:
-            if all(len(state.workers()[stage]) == 2 for stage in STAGES):
-                break
-            await asyncio.sleep(0.1)
-    assert state.failures == []
-    assert {stage: len(workers) for stage, workers in state.workers().items()} == dict.fromkeys(STAGES, 2)
-    assert {turn.text for turn in state.turns} == {undisturbed["turn"].text}
-    assert {turn.pcm for turn in state.turns} == {undisturbed["turn"].pcm}
+        await state.until(lambda: state.served(replicas))
+    check(state, undisturbed["turn"])
 
 
 @pytest.mark.parametrize("service", SERVICES)
 async def test_a_rolling_restart_under_load_fails_no_turn(
     deployment: Deployment, undisturbed: dict[str, Spoken], service: str
 ) -> None:
-    if service == "orchestrator":
-        await asyncio.to_thread(deployment.scale, orchestrator=2, **dict.fromkeys(STAGES, 2))
-    before = {container.id for container in deployment.containers(service, running=True)}
+    await asyncio.to_thread(deployment.scale, **TWO_OF_EACH)
+    before = deployment.containers(service, running=True)
     async with load(deployment) as state:
+        if service in STAGES:
+            await state.until(lambda: state.served(before))
         await asyncio.to_thread(deployment.roll, service)
-        ended = len(state.turns)
-        while not state.failures and len(state.turns) < ended + 3:  # the new containers serve
-            await asyncio.sleep(0.1)
-    after = {container.id for container in deployment.containers(service, running=True)}
-    assert state.failures == []
+        after, ended = deployment.containers(service, running=True), len(state.turns)
+        await state.until(lambda: state.served(after) if service in STAGES else len(state.turns) > ended + 3)
+    check(state, undisturbed["turn"])
     assert len(before) == len(after) == 2
-    assert not before & after
-    assert {turn.text for turn in state.turns} == {undisturbed["turn"].text}
-    assert {turn.pcm for turn in state.turns} == {undisturbed["turn"].pcm}
+    assert not {container.id for container in before} & {container.id for container in after}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_a_container_killed_under_load_fails_no_turn(
+    deployment: Deployment, undisturbed: dict[str, Spoken], service: str
+) -> None:
+    await asyncio.to_thread(deployment.scale, **TWO_OF_EACH)
+    victim, *_ = deployment.containers(service, running=True)
+    async with load(deployment) as state:
+        await state.until(lambda: bool(state.turns))
+        victim.kill("SIGKILL")
+        ended = len(state.turns)
+        await state.until(lambda: len(state.turns) > ended + 6)
+    check(state, undisturbed["turn"])
+
+
+def check(state: Load, expected: Spoken) -> None:
+    """No turn failed, and each gave the same as when nothing disturbed it."""
+    assert state.failures == []
+    assert {turn.text for turn in state.turns} == {expected.text}
+    assert {turn.pcm for turn in state.turns} == {expected.pcm}
+
+
+async def test_tls_at_the_door(deployment: Deployment, undisturbed: dict[str, Spoken], tmp_path: Path) -> None:
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    issue = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost -addext"
+    deployment.command(
+        "openssl", *issue.split(), "subjectAltName=DNS:localhost", "-keyout", f"{key}", "-out", f"{chain}"
+    )
+    key.chmod(0o644)  # the container's user reads it
+    secured = deployment.with_settings(KIMIA_TLS_CERTIFICATE_FILE=str(chain), KIMIA_TLS_KEY_FILE=str(key))
+    await asyncio.to_thread(secured.compose, "up", "--detach", "--wait", "--no-build", "--no-deps", "orchestrator")
+    assert (await speak(secured, chain.read_bytes())).pcm == undisturbed["turn"].pcm
+    async with AsyncKimia(secured.target()) as plain:
+        with pytest.raises(UnavailableError):
+            await plain.connect(timeout=2)
 
 
 def test_down_leaves_the_volumes_and_with_volumes_nothing(deployment: Deployment) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+
+import grpc
+from docker.models.containers import Container
 
 from kimia.client import AsyncKimia, ClientOptions, Latency
 from tests.e2e.deployment import ROOT, Deployment
@@ -15,7 +17,10 @@ QUESTION = ROOT / "tests/golden/e2e/audio/clip_a2.wav"  # 2.1 s of speech
 CHAT = [{"role": "user", "message_type": "audio", "content": str(QUESTION)}]
 SEED = 7
 STEPS = 36  # of the language model: 2.4 s of answer
-PATIENCE = ClientOptions(patience=60.0)  # seconds: a service at capacity is asked again
+PATIENCE = ClientOptions(
+    patience=60.0,  # seconds: a service at capacity is asked again
+    channel=(("grpc.ssl_target_name_override", "localhost"),),  # the name in the test's certificate
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,11 @@ class Spoken:
         return {stage.stage: stage.worker for stage in self.latency.stages}
 
 
-async def speak(deployment: Deployment, seed: int = SEED) -> Spoken:
-    """One spoken turn, on a connection of its own to the orchestrators that run now."""
-    async with AsyncKimia(deployment.target(), options=PATIENCE) as kimia:
-        answer = await kimia.generate(CHAT, seed=seed, max_new_tokens=STEPS).collect()
+async def speak(deployment: Deployment, authority: bytes | None = None) -> Spoken:
+    """One spoken turn, on a connection of its own to the orchestrators that run now; given an authority, with TLS."""
+    credentials = None if authority is None else grpc.ssl_channel_credentials(authority)
+    async with AsyncKimia(deployment.target(), credentials=credentials, options=PATIENCE) as kimia:
+        answer = await kimia.generate(CHAT, seed=SEED, max_new_tokens=STEPS).collect()
     return Spoken(answer.text, answer.pcm, answer.latency)
 
 
@@ -45,18 +51,23 @@ class Load:
     turns: list[Spoken] = field(default_factory=list)
     failures: list[BaseException] = field(default_factory=list)
 
-    def workers(self) -> dict[str, set[str]]:
-        """Stage name to the processes that finished turns there."""
-        seen: dict[str, set[str]] = defaultdict(set)
-        for turn in self.turns:
-            for stage, worker in turn.workers().items():
-                seen[stage].add(worker)
-        return seen
+    def served(self, containers: Iterable[Container]) -> bool:
+        """Whether each of these containers of a stage finished a turn there."""
+        workers = {worker for turn in self.turns for worker in turn.workers().values()}
+        return all(any(container.id[:12] in worker for worker in workers) for container in containers)
+
+    async def until(self, reached: Callable[[], bool], turns: int = 60) -> None:
+        """Wait until `reached`. Raises AssertionError at the first failed turn, and after so many turns without it."""
+        last = len(self.turns) + turns
+        while not reached():
+            assert not self.failures, self.failures
+            assert len(self.turns) < last, f"not reached within {turns} turns"
+            await asyncio.sleep(0.1)
 
 
 @asynccontextmanager
 async def load(deployment: Deployment, callers: int = 3) -> AsyncIterator[Load]:
-    """Keep `callers` turns running inside the block; afterwards the running ones end."""
+    """Keep `callers` turns running inside the block; afterwards the running ones end. A failed turn ends its caller."""
     state, stop = Load(), asyncio.Event()
 
     async def caller() -> None:
