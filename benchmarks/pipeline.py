@@ -90,8 +90,8 @@ async def _one_load(fleet: Fleet, load: Load, least: Mapping[str, float], *, rew
     return report
 
 
-def _latest(results: Results, count: int = 50) -> Results:
-    """The last turns, which the service still remembers."""
+def _latest(results: Results, count: int = 15) -> Results:
+    """The last turns: the service forgets a turn without a session after half a minute."""
     times = {name: values[-count:] for name, values in results.times.items()}
     return Results(times=times, turn_ids=results.turn_ids[-count:], begun=results.begun[-count:])
 
