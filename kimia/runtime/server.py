@@ -13,16 +13,18 @@ import asyncio
 import contextlib
 import inspect
 import ssl
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection
 
-from kimia.errors import DeadlineError, KimiaError, SettingsError
+from kimia.errors import DeadlineError, KimiaError, RequestError, SettingsError
 from kimia.runtime.logs import get_logger
 from kimia.runtime.settings import Settings
 from kimia.status import abort, to_failure
@@ -34,6 +36,7 @@ Behavior: TypeAlias = Callable[[Any, Context], Any]
 
 STALLED_SECONDS = 60.0  # a client that reads nothing for so long is given up, so that it holds no row
 PING_TIMEOUT_SECONDS = 10.0
+EXPLAINED = 2  # times the largest message: messages that are read to say why they are refused
 LINGER_SECONDS = 0.5  # to read what a client is still sending when its call has failed
 PAUSE_SECONDS = 0.05  # without a message: the client waits for an answer
 
@@ -43,7 +46,7 @@ log = get_logger()
 def build_server(settings: Settings, *, stalled_seconds: float = STALLED_SECONDS) -> grpc.aio.Server:
     """A server without services and without a port yet. Must be called where an event loop runs."""
     return grpc.aio.server(
-        interceptors=[ErrorsToStatuses(stalled_seconds)],
+        interceptors=[ErrorsToStatuses(stalled_seconds, settings.max_message_bytes)],
         options=_options(settings),
         maximum_concurrent_rpcs=settings.max_rpcs,
     )
@@ -53,7 +56,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     """Channel arguments; times in milliseconds."""
     keepalive = _milliseconds(settings.keepalive_seconds)
     return [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # What is beyond it is refused by gRPC, which says no more than RESOURCE_EXHAUSTED; up to there it is explained.
+        ("grpc.max_receive_message_length", min(EXPLAINED * settings.max_message_bytes, 2**31 - 1)),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", _milliseconds(PING_TIMEOUT_SECONDS)),
@@ -118,8 +122,9 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
     It also sees to it that a generator is closed the moment its client vanishes, and gives up clients that do not read.
     """
 
-    def __init__(self, stalled_seconds: float = STALLED_SECONDS) -> None:
+    def __init__(self, stalled_seconds: float = STALLED_SECONDS, largest: int = 8 << 20) -> None:
         self.stalled_seconds = stalled_seconds
+        self.largest = largest  # bytes of a message
 
     async def intercept_service(
         self,
@@ -132,14 +137,17 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
             return None
         make, behavior = _parts(method)
         guarded = self._guarded(behavior, handler_call_details.method, method.request_streaming)
-        return make(guarded, method.request_deserializer, method.response_serializer)
+        return make(guarded, _reader(method.request_deserializer, self.largest), method.response_serializer)
 
     def _guarded(self, behavior: Behavior, name: str, streaming: bool) -> Behavior:
         run = self._streamed(behavior) if inspect.isasyncgenfunction(behavior) else behavior
 
         async def guarded(request: Any, context: Context) -> Any:
             try:
-                return await run(request, context)
+                if not streaming:
+                    return await run(_readable(request), context)
+                async with aclosing(_Readable(request)) as messages:
+                    return await run(messages, context)
             except KimiaError as error:
                 _log_refusal(name, error)
                 await _abort(context, error, streaming)
@@ -192,6 +200,56 @@ async def _more(context: Context) -> bool:
             return await context.read() is not grpc.aio.EOF
     except TimeoutError:
         return False
+
+
+# ---- messages that cannot be read -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Stands for a message that is no message; gRPC would make UNKNOWN of an exception here."""
+
+    error: RequestError
+
+
+def _reader(parse: Callable[[bytes], Any] | None, largest: int) -> Callable[[bytes], Any]:
+    """The method's own parser, which says what is wrong instead of failing."""
+
+    def read(data: bytes) -> Any:
+        if len(data) > largest:
+            rule = f"the message has {len(data)} bytes, at most {largest} are taken; send smaller ones"
+            return _Refused(RequestError(rule, reason="MESSAGE_SIZE"))
+        try:
+            return data if parse is None else parse(data)
+        except DecodeError:
+            rule = "the message cannot be read: it is no message of this method, or a text in it is no UTF-8"
+            return _Refused(RequestError(rule, reason="MALFORMED"))
+
+    return read
+
+
+def _readable(message: Any) -> Any:
+    if isinstance(message, _Refused):
+        raise message.error
+    return message
+
+
+class _Readable:
+    """The messages of a stream. Raises RequestError at one that cannot be read."""
+
+    def __init__(self, messages: AsyncIterator[Any]) -> None:
+        self._messages: Any = aiter(messages)
+
+    async def aclose(self) -> None:
+        """Read no more. Left to the collector, gRPC's generator might outlive the loop."""
+        with contextlib.suppress(RuntimeError):  # somebody still reads: that is ended elsewhere
+            await self._messages.aclose()
+
+    def __aiter__(self) -> _Readable:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _readable(await anext(self._messages))
 
 
 def _parts(method: Any) -> tuple[Callable[..., Any], Behavior]:

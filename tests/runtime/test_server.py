@@ -123,7 +123,7 @@ async def test_unknown_exceptions_go_to_the_log_only():
                 assert type(told) is InternalError
                 assert "swordfish" not in str(told)
     failed = [entry for entry in logs if entry["event"] == "call failed"]
-    assert [entry["method"] for entry in failed] == [f"/{SERVICE}/GetSession", f"/{SERVICE}/Generate"]
+    assert {entry["method"] for entry in failed} == {f"/{SERVICE}/GetSession", f"/{SERVICE}/Generate"}
     assert all(entry["exc_info"] for entry in failed)
 
 
@@ -170,6 +170,23 @@ async def test_messages_beyond_the_limit_are_refused():
         assert (await stub.GetSession(GetSessionRequest(session_id="x" * 60_000))).session_id
         told = await error_of(stub.GetSession(GetSessionRequest(session_id="x" * 70_000)))
         assert (type(told), told.reason) == (RequestError, "MESSAGE_SIZE")
+
+
+async def test_messages_far_beyond_the_limit_are_not_read():
+    async with Serving(Scripted(), Settings(listen="127.0.0.1:0", max_message_bytes=1 << 16)) as stub:
+        told = await error_of(stub.GetSession(GetSessionRequest(session_id="x" * 200_000)))
+        assert (type(told), told.reason) == (RequestError, "MESSAGE_SIZE")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x03\xff\xfe\xfd"], ids=["no message", "no UTF-8"])
+async def test_bytes_that_are_no_message_are_refused(data):
+    serving = Serving(Scripted())
+    async with serving:
+        one = serving.channel.unary_unary(f"/{SERVICE}/GetSession", request_serializer=bytes)
+        many = serving.channel.stream_stream(f"/{SERVICE}/Converse", request_serializer=bytes)
+        for call in (one(data), collect(many(iter([data]))), collect(many(iter([b"", data])))):
+            told = await error_of(call)
+            assert (type(told), told.reason) == (RequestError, "MALFORMED")
 
 
 async def test_calls_beyond_the_limit_are_refused():
