@@ -23,7 +23,7 @@ from kimia.v1.kimi_audio_pb2 import CallConfig, ConverseRequest, ConverseRespons
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import Caller, Chunk, InputAudio
 from orchestrator.admission import Reservation
-from orchestrator.checks import checked_caller
+from orchestrator.checks import check_sound_bytes, checked_caller
 from orchestrator.desk import Desk
 from orchestrator.following import Following, Position
 from orchestrator.memory import clips_of
@@ -60,7 +60,7 @@ class Collected:
     messages: tuple[Message, ...] = ()
     next_audio_index: int = 0
     next_chunk: int = 0  # of the input log
-    bytes: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()  # clip and bytes of each
 
 
 class Call:
@@ -71,7 +71,7 @@ class Call:
         self._turns = desk.turns
         self._admission = desk.admission
         self._limits = desk.limits
-        self._machine = Session(desk.limits.input_bytes)
+        self._machine = Session(desk.limits.clip_bytes, desk.limits.turn_bytes)
         self._lock = asyncio.Lock()
         self._queue: asyncio.Queue[ConverseResponse | Exception | None] = asyncio.Queue(QUEUED_RESPONSES)
         self._followed: dict[str, tuple[Following, asyncio.Task[None]]] = {}
@@ -199,7 +199,8 @@ class Call:
 
     async def _open_session(self, config: CallConfig) -> SessionView:
         self._caller = checked_caller(config.caller, "config.caller")
-        self._session_id = keys.check_session_id(config.session_id or keys.new_session_id())
+        self._session_id = keys.check_session_id(config.session_id or keys.new_session_id(), "config.session_id")
+        check_sound_bytes(config.messages, self._limits.clip_bytes, self._limits.turn_bytes, "config.messages")
         route = route_of_call(config.options)
         await self._turns.records.check_tenant(self._session_id, self._caller.tenant)
         self._reservation = await self._admission.admit(self._session_id, self._caller.tenant, route)
@@ -234,7 +235,7 @@ class Call:
             next_audio_index=collected.next_audio_index,
             open_turn_id=self._input.turn_id if self._input else "",
             collected=collected.messages,
-            collected_bytes=collected.bytes,
+            collected_pieces=collected.pieces,
             running_turn_id=record.running_turn_id,
             heard_ms=record.heard_ms or None,
             last_turn_id=record.turn_ids[-1] if record.turn_ids and not record.running_turn_id else "",
@@ -408,7 +409,7 @@ async def read_collected(turns: Turns, record: SessionRecord) -> Collected:
         messages=tuple(messages),
         next_audio_index=record.next_audio_index + sum(bool(chunk.input.data) for chunk in log_),
         next_chunk=len(log_),
-        bytes=sum(len(chunk.input.data) for chunk in log_),
+        pieces=tuple((chunk.input.clip, len(chunk.input.data)) for chunk in log_ if chunk.input.data),
     )
 
 

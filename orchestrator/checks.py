@@ -32,6 +32,11 @@ DEFAULT_TENANT = "default"
 UNREASONABLE = 1e30  # numbers from here on count as infinite, as in kimia.model.sampler
 SMALLEST_PENALTY = 1e-6
 LONGEST_CLIP = 600.0  # seconds: what the context of the model holds, with room for an answer
+MOST_MESSAGES = 8192  # of one request: as many as the context of the model has positions
+MOST_CLIPS = 256  # of one request: each is encoded by itself
+MOST_IDS = 8192  # of one message, text ids or semantic tokens: a position each
+LONGEST_TEXT = 256 << 10  # bytes of one text: 32 for each position
+MOST_TEXT = 1 << 20  # bytes of all texts of one request, of which the model forgets the oldest
 LONGEST_KEY = 128  # characters of an idempotency key
 LONGEST_TRACE = 128  # characters of a traceparent
 
@@ -95,8 +100,9 @@ def _check_number(value: float, minimum: float, field: str) -> None:
 
 def check_say(text: str, options: TurnOptions, field: str, options_field: str) -> None:
     """Raise RequestError unless this text can be said."""
-    if not text:
+    if not text.strip():
         raise RequestError("there is nothing to say: the text is empty", field=field)
+    check_text_size(text, field)
     if options.output_type == OUTPUT_TYPE_TEXT:
         raise RequestError(
             "a text to say makes speech; use BOTH, or leave it out", field=f"{options_field}.output_type"
@@ -129,9 +135,42 @@ def check_answerable(messages: Sequence[Message], field: str) -> None:
 
 
 def check_messages(messages: Sequence[Message], field: str) -> None:
-    """Raise RequestError, naming the message, unless every message is complete."""
+    """Raise RequestError, naming the message, unless every message is complete and together they are not too much."""
+    if len(messages) > MOST_MESSAGES:
+        rule = f"at most {MOST_MESSAGES} are taken, got {len(messages)}; leave the oldest out"
+        raise RequestError(rule, field=field)
+    clips = text = 0
     for index, message in enumerate(messages):
-        _check_message(message, f"{field}[{index}]")
+        name = f"{field}[{index}]"
+        _check_message(message, name)
+        clips += not message.HasField("text")
+        text += len(_text_of(message).text.encode())
+        if clips > MOST_CLIPS:
+            raise RequestError(f"at most {MOST_CLIPS} messages with sound are taken; leave the oldest out", field=name)
+        if text > MOST_TEXT:
+            raise RequestError(f"at most {MOST_TEXT} bytes of text are taken; leave the oldest out", field=name)
+
+
+def check_sound_bytes(messages: Sequence[Message], clip_bytes: int, turn_bytes: int, field: str) -> None:
+    """Raise RequestError for more sound than the settings allow."""
+    total = 0
+    for index, message in enumerate(messages):
+        size = len(message.audio.data) if message.HasField("audio") else len(message.spoken.clip.data)
+        total += size
+        if size > clip_bytes or total > turn_bytes:
+            rule = f"at most {clip_bytes} bytes of sound are taken in one message, {turn_bytes} in all; shorten it"
+            raise RequestError(rule, field=f"{field}[{index}]")
+
+
+def _text_of(message: Message) -> Text:
+    return message.text if message.HasField("text") else message.spoken.transcript
+
+
+def check_text_size(text: str, field: str) -> None:
+    """Raise RequestError for a text that no context of the model could hold."""
+    size = len(text.encode())
+    if size > LONGEST_TEXT:
+        raise RequestError(f"has {size} bytes, at most {LONGEST_TEXT} are taken; shorten it", field=field)
 
 
 def _check_message(message: Message, field: str) -> None:
@@ -152,10 +191,18 @@ def _check_message(message: Message, field: str) -> None:
 def _check_text(text: Text, by_ids: bool, field: str) -> None:
     if text.ids and not by_ids:
         raise RequestError("belong to messages of the assistant only; give the text", field=f"{field}.ids")
+    _check_count(len(text.ids), f"{field}.ids")
+    check_text_size(text.text, f"{field}.text")
+
+
+def _check_count(count: int, field: str) -> None:
+    if count > MOST_IDS:
+        raise RequestError(f"has {count} ids, at most {MOST_IDS} are taken; shorten it", field=field)
 
 
 def _check_spoken(spoken: Spoken, by_ids: bool, field: str) -> None:
     _check_text(spoken.transcript, by_ids, f"{field}.transcript")
+    _check_count(len(spoken.clip.codes), f"{field}.clip.codes")
     if spoken.clip.codes:
         _check_private(spoken.clip, f"{field}.clip")
     else:
@@ -169,7 +216,7 @@ def _check_clip(clip: Clip, field: str) -> None:
         raise RequestError("is empty; give the sound", field=f"{field}.data")
     if clip.format.encoding != ENCODING_FILE:
         check_samples(clip.data, clip.format, f"{field}.data")
-        if sound_seconds(clip.data, clip.format) > LONGEST_CLIP:
+        if sound_seconds(len(clip.data), clip.format) > LONGEST_CLIP:
             raise RequestError(f"is longer than {LONGEST_CLIP:g} s; shorten it", field=f"{field}.data")
 
 
@@ -190,6 +237,6 @@ def check_samples(data: bytes, form: AudioFormat, field: str) -> None:
         raise RequestError(f"{len(data)} bytes are no whole number of samples of {size} bytes", field=field)
 
 
-def sound_seconds(data: bytes, form: AudioFormat) -> float:
-    """How long samples in a PCM or G.711 format last."""
-    return len(data) / (bytes_per_sample(form.encoding) * form.sample_rate)
+def sound_seconds(size: int, form: AudioFormat) -> float:
+    """How long so many bytes of samples in a PCM or G.711 format last."""
+    return size / (bytes_per_sample(form.encoding) * form.sample_rate)

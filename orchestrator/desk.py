@@ -28,7 +28,8 @@ class Limits:
     """What one call may ask for."""
 
     turn_seconds: float = 120.0  # for a turn whose caller sets no deadline
-    input_bytes: int = 32 << 20  # of sound that is not committed
+    clip_bytes: int = 32 << 20  # of one stretch of sound
+    turn_bytes: int = 64 << 20  # of all sound that is not committed
 
 
 class Desk:
@@ -85,6 +86,8 @@ class Desk:
             following.reports.update(settled.reports)
             if following.position.at_start:
                 count(following, head)
+            elif head.state == "done":
+                following.check_position()
             yield last_event(following, head, settled.codes)
         finally:
             self._followers[turn_id] -= 1

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kimia.errors import RequestError
 from kimia.stage import DETOKENIZER, LLM, StageKind, route_of
 from kimia.streams.inbox import Feed
 from kimia.v1.kimi_audio_pb2 import AudioChunk, TextDelta, TurnEvent, TurnStarted
@@ -81,6 +82,16 @@ class Following:
     def stop(self) -> StopReason.ValueType:
         """Why the answer ended."""
         return self.tokens[-1].step.stop if self.tokens else StopReason.STOP_REASON_UNSPECIFIED
+
+    def check_position(self) -> None:
+        """Raise RequestError for a client that has more of a finished turn than there is."""
+        for name, given, known in (
+            ("last_text_index", self.position.next_text, self._texts),
+            ("last_audio_index", self.position.next_audio, self._audios),
+        ):
+            if given > known:
+                rule = f"the turn has {known} of these, 0 to {known - 1}" if known else "the turn has none of these"
+                raise RequestError(f"{rule}; give the last index that came, or leave it out", field=name)
 
     async def events(self) -> AsyncGenerator[TurnEvent]:
         """All events that the client lacks, but for the last one. Raises NotFoundError when the turn is gone."""

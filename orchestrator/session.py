@@ -18,7 +18,7 @@ that is known by its key drops the text that was sent again before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
@@ -51,11 +51,13 @@ from orchestrator.checks import (
     check_say,
     sound_seconds,
 )
+from orchestrator.intake import Intake
 from orchestrator.memory import clips_of
 
 LARGEST_PIECE = 64 * 1024  # bytes
 LONGEST_PIECE = 1.0  # seconds
-LARGEST_INPUT = 32 << 20  # bytes of sound of one turn, unless the settings say otherwise
+LONGEST_TURN_ID = 129  # characters
+LARGEST_CLIP, LARGEST_TURN = 32 << 20, 64 << 20  # bytes of sound, unless the settings say otherwise
 
 # ---- actions ----------------------------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class SessionView:
     next_audio_index: int = 0
     open_turn_id: str = ""
     collected: tuple[Message, ...] = ()
-    collected_bytes: int = 0
+    collected_pieces: Sequence[tuple[int, int]] = ()  # clip and bytes of each piece of its sound
     running_turn_id: str = ""
     heard_ms: int | None = None  # of the running turn
     last_turn_id: str = ""
@@ -195,8 +197,7 @@ class SessionView:
 class Session:
     """The state machine of one call."""
 
-    def __init__(self, max_bytes: int = LARGEST_INPUT) -> None:
-        self.max_bytes = max_bytes  # of sound that is not committed
+    def __init__(self, clip_bytes: int = LARGEST_CLIP, turn_bytes: int = LARGEST_TURN) -> None:
         self.phase = Phase.AWAITING_CONFIG
         self.running = ""  # the turn that is being answered
         self.last = ""  # the turn that was answered before
@@ -204,7 +205,7 @@ class Session:
         self.collected: list[Message] = []
         self._config = CallConfig()
         self._turn_open = False
-        self._bytes = 0  # of sound collected
+        self._intake = Intake(clip_bytes, turn_bytes)
         self._texts: list[Message] = []  # received in this call and not confirmed
         self._heard: dict[str, int] = {}  # milliseconds by turn: the running and the last one
         self._keys: dict[str, str] = {}
@@ -269,9 +270,12 @@ class Session:
             rule = f"leaves a gap: the next piece is {self.next_index}, got {audio.index}; send what is missing first"
             raise RequestError(rule, field="audio.index")
         self._check_piece(audio.data)
-        self._bytes += len(audio.data)
         opening: list[Action] = [] if self._turn_open else [OpenTurn()]
-        if self._continues_clip():
+        continues = self._continues_clip()
+        if not continues:
+            self._intake.clip("audio.data")
+        self._intake.sound(audio.data, self._config.input_format, "audio.data")
+        if continues:
             return [*opening, AppendAudio(audio.index, self.collected[-1].audio.number, audio.data)]
         ends = self._last_clip()
         number = 0 if ends is None else ends + 1
@@ -282,15 +286,12 @@ class Session:
     def _check_piece(self, data: bytes) -> None:
         form = self._config.input_format
         if not data:
-            raise RequestError("is empty; send 10 ms to 1 s of sound", field="audio.data")
+            raise RequestError("is empty; send up to 1 s of sound", field="audio.data")
         if len(data) > LARGEST_PIECE:
             raise RequestError(f"has {len(data)} bytes, at most {LARGEST_PIECE} are taken", field="audio.data")
         check_samples(data, form, "audio.data")
-        if sound_seconds(data, form) > LONGEST_PIECE:
+        if sound_seconds(len(data), form) > LONGEST_PIECE:
             raise RequestError(f"is longer than {LONGEST_PIECE:g} s; send smaller pieces", field="audio.data")
-        if self._bytes + len(data) > self.max_bytes:
-            rule = f"more than {self.max_bytes} bytes of sound were not committed; commit, or clear"
-            raise RequestError(rule, field="audio.data")
 
     def _continues_clip(self) -> bool:
         last = self.collected[-1] if self.collected else None
@@ -304,6 +305,7 @@ class Session:
     def _text(self, text: CallerText) -> list[Action]:
         if not text.text:
             raise RequestError("is empty; leave it out", field="text.text")
+        self._intake.text(text.text, "text.text")
         message = Message(role=ROLE_USER, text=Text(text=text.text))
         self.collected.append(message)
         self._texts.append(message)
@@ -320,7 +322,8 @@ class Session:
     def _commit(self, commit: Commit) -> list[Action]:
         known = self._known(commit.idempotency_key, "commit")
         if known:
-            self.collected = [message for message in self.collected if all(message is not text for text in self._texts)]
+            sent_again = {id(text) for text in self._texts}
+            self.collected = [message for message in self.collected if id(message) not in sent_again]
             self._texts = []
             return [FollowTurn(known)]
         if not self.collected:
@@ -362,9 +365,11 @@ class Session:
         self.collected = []
         self._texts = []
         self._turn_open = False
-        self._bytes = 0
+        self._intake.clear()
 
     def _cancel(self, cancel: Cancel) -> list[Action]:
+        if len(cancel.turn_id) > LONGEST_TURN_ID:
+            raise RequestError("is no turn id; use the id that TurnEvent.turn_id gave", field="cancel.turn_id")
         turn = cancel.turn_id or self.running or self.last
         if not turn or turn not in (self.running, self.last):
             return [Reply(ConverseResponse(event=TurnEvent(turn_id=turn, cancelled=TurnCancelled())))]
@@ -387,7 +392,7 @@ class Session:
         self.next_index = view.next_audio_index
         self.collected = list(view.collected)
         self._turn_open = bool(view.open_turn_id)
-        self._bytes = view.collected_bytes
+        self._count(view)
         self._keys = dict(view.keys)
         if view.running_turn_id and view.heard_ms is not None:
             self._heard[view.running_turn_id] = view.heard_ms
@@ -395,6 +400,18 @@ class Session:
             session_id=view.session_id, next_audio_index=view.next_audio_index, output_format=view.output_format
         )
         return [Reply(ConverseResponse(ready=ready))]
+
+    def _count(self, view: SessionView) -> None:
+        """What an earlier connection has sent counts as well."""
+        forms = {clip.number: clip.format for clip in clips_of(view.collected)}
+        for message in view.collected:
+            if message.HasField("audio"):
+                self._intake.clip("audio")
+            else:
+                self._intake.text(message.text.text, "text")
+        for clip, size in view.collected_pieces:
+            if clip in forms:
+                self._intake.stored(size, forms[clip])
 
     def turn_opened(self) -> list[Action]:
         """There is a turn that collects."""

@@ -14,7 +14,7 @@ from kimia.streams import keys
 from kimia.v1.kimi_audio_pb2 import GenerateRequest, ResumeRequest, TurnEvent
 from kimia.v1.turn_pb2 import Caller
 from orchestrator.admission import Reservation
-from orchestrator.checks import check_generate, checked_caller
+from orchestrator.checks import check_generate, check_sound_bytes, checked_caller
 from orchestrator.desk import Desk
 from orchestrator.following import Position
 from orchestrator.memory import route_for
@@ -59,6 +59,7 @@ async def generate(desk: Desk, ask: Ask) -> AsyncGenerator[TurnEvent]:
 
     A client that vanishes may resume the turn; where it cannot, the turn is stopped and everything of it deleted.
     """
+    check_sound_bytes(ask.request.messages, desk.limits.clip_bytes, desk.limits.turn_bytes, "messages")
     route = route_of_request(ask.request)
     if not ask.one_off:
         await desk.turns.records.check_tenant(ask.session_id, ask.caller.tenant)

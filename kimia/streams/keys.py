@@ -52,12 +52,10 @@ def session_of(turn_id: str) -> str:
     return session
 
 
-def check_session_id(session_id: str) -> str:
+def check_session_id(session_id: str, field: str = "session_id") -> str:
     """The id itself. Raises RequestError."""
     if _ID.fullmatch(session_id) is None:
-        raise RequestError(
-            f"{session_id!r} is no session id; use 1 to 64 letters, digits, '-' or '_'", field="session_id"
-        )
+        raise RequestError(f"{session_id!r} is no session id; use 1 to 64 letters, digits, '-' or '_'", field=field)
     return session_id
 
 

@@ -253,7 +253,9 @@ class CallerAudio(_message.Message):
     index: _builtins.int
     """From 0 in the session, without gap; a piece that was acknowledged already is ignored."""
     data: _builtins.bytes
-    """Bytes in the input format; whole samples, 10 ms to 1 s, at most 64 KiB."""
+    """Bytes in the input format: whole samples, at most 1 s and 64 KiB. 20 to 100 ms are good; less than 10 ms counts as
+    10 ms of the 600 s that a turn may have.
+    """
     def __init__(
         self,
         *,

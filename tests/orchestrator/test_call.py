@@ -9,6 +9,7 @@ from kimia.status import from_rpc_error
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
+from kimia.v1.turn_pb2 import Failure
 from orchestrator import turn as turn_module
 from orchestrator.desk import Limits
 from orchestrator.memory import answer_of
@@ -172,13 +173,14 @@ async def test_clear_gives_up_what_was_collected(world):
 
 
 async def test_a_failed_turn_does_not_end_the_call(world):
-    await world.begin()
+    await world.begin(STEADY)
     async with world.call(session_id="s") as call:
-        await call.send(say=pb.Say(text=" "))
+        await call.send(say=pb.Say(text="as long as it takes to fail"))
+        await world.journal.fail((await call.event("started")).turn_id, Failure(code=13, reason="BROKEN"))
         failed = await call.turn()
         await call.send(text=pb.CallerText(text="hello"))
         answered = await call.answer(options=TEXT_ONLY)
-    assert failed[-1].failed.reason == "INVALID_PARAMETER"
+    assert failed[-1].failed.reason == "BROKEN"
     assert answered[-1].HasField("done")
     assert len((await world.spec(answered[0].turn_id)).messages) == 1
 
@@ -449,7 +451,7 @@ WRONG = {
     "a wrong session": (
         [{"config": pb.CallConfig(input_format=FORMAT, session_id="a b")}],
         RequestError,
-        "session_id",
+        "config.session_id",
     ),
     "a wrong tenant": (
         [{"config": pb.CallConfig(input_format=FORMAT, caller={"tenant": "a b"})}],
@@ -496,7 +498,7 @@ async def test_a_wrong_order_ends_the_call_with_its_reason(world, name):
 
 
 async def test_sound_has_a_limit(world):
-    await world.begin(limits=Limits(input_bytes=3 * PIECE))
+    await world.begin(limits=Limits(turn_bytes=3 * PIECE))
     async with world.call() as call:
         await call.speak(3)
         await call.send(audio=pb.CallerAudio(index=3, data=bytes(PIECE)))
@@ -510,6 +512,15 @@ async def test_without_capacity_no_call_begins(world):
     assert isinstance(error, CapacityError)
     assert error.retry_after > 0
     assert await world.keys("s:") == []
+
+
+async def test_ids_that_are_none_name_their_field(world):
+    await world.begin()
+    async with world.call(session_id="a b") as call:
+        assert (await call.error()).field == "config.session_id"
+    async with world.call() as call:
+        await call.send(cancel=pb.Cancel(turn_id="x" * 200))
+        assert (await call.error()).field == "cancel.turn_id"
 
 
 async def test_the_session_of_another_tenant_is_not_found(world):

@@ -127,6 +127,16 @@ def test_wrong_options_name_their_field(field):
     ("field", "request_"),
     [
         ("say", GenerateRequest(say="")),
+        ("say", GenerateRequest(say=" \n")),
+        ("say", GenerateRequest(say="a" * (checks.LONGEST_TEXT + 1))),
+        ("messages", GenerateRequest(messages=[HELLO] * (checks.MOST_MESSAGES + 1))),
+        ("messages[4]", GenerateRequest(messages=[user(text=Text(text="a" * checks.LONGEST_TEXT))] * 5)),
+        ("messages[0].text.text", GenerateRequest(messages=[user(text=Text(text="é" * checks.LONGEST_TEXT))])),
+        (f"messages[{checks.MOST_CLIPS}]", GenerateRequest(messages=[user(audio=clip())] * (checks.MOST_CLIPS + 1))),
+        (
+            "messages[0].spoken.clip.codes",
+            GenerateRequest(messages=[user(spoken=Spoken(clip=Clip(codes=[1] * (checks.MOST_IDS + 1)))), HELLO]),
+        ),
         ("options.output_type", GenerateRequest(say="hi", options=TurnOptions(output_type=OUTPUT_TYPE_TEXT))),
         ("job_class", GenerateRequest(messages=[HELLO], job_class=5)),
         ("idempotency_key", GenerateRequest(messages=[HELLO], idempotency_key="k" * 129)),
@@ -177,3 +187,12 @@ def test_wrong_callers_name_their_field(field, caller):
     with pytest.raises(RequestError) as caught:
         checked_caller(caller)
     assert caught.value.field == field
+
+
+def test_sound_has_the_limits_of_the_settings():
+    messages = [user(audio=clip(bytes(10))), HELLO, user(spoken=Spoken(clip=clip(bytes(12))))]
+    checks.check_sound_bytes(messages, 12, 22, "messages")
+    for most in ((11, 22), (12, 21)):
+        with pytest.raises(RequestError, match="shorten it") as caught:
+            checks.check_sound_bytes(messages, *most, "messages")
+        assert caught.value.field == "messages[2]"

@@ -21,7 +21,7 @@ from kimia.v1.kimi_audio_pb2 import (
 )
 from orchestrator.memory import clips_of
 from orchestrator.session import (
-    LARGEST_INPUT,
+    LARGEST_CLIP,
     LARGEST_PIECE,
     AppendAudio,
     CancelTurn,
@@ -47,7 +47,7 @@ NATIVE = AudioFormat(encoding=ENCODING_PCM_S16LE, sample_rate=24000)
 
 
 def config(**fields):
-    return ConverseRequest(config=CallConfig(input_format=FORMAT, **fields))
+    return ConverseRequest(config=CallConfig(**{"input_format": FORMAT, **fields}))
 
 
 def audio(index, data=PIECE):
@@ -278,7 +278,10 @@ def test_a_piece_may_have_64_kib():
 
 
 def test_sound_that_is_never_committed_has_an_end():
-    driver = Driver(SessionView("s", NATIVE, open_turn_id="s.x", collected_bytes=LARGEST_INPUT - 16000))
+    form = AudioFormat(encoding=ENCODING_PCM_F32LE, sample_rate=48000)
+    sent = Message(role=ROLE_USER, audio=Clip(format=form))
+    view = SessionView("s", NATIVE, 0, "s.x", (sent,), [(0, LARGEST_CLIP - 16000)])
+    driver = Driver(view, input_format=form)
     driver.give(audio(0, bytes(16000)))
     assert driver.failed is None
     driver.give(audio(1))

@@ -9,7 +9,7 @@ from kimia.status import from_rpc_error
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
-from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, STOP_REASON_AUDIO_EOD, STOP_REASON_TEXT_EOS
+from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, STOP_REASON_AUDIO_EOD, STOP_REASON_TEXT_EOS, Failure
 from orchestrator.sound import OutputSound
 from tests.orchestrator.world import (
     ENDLESS,
@@ -117,12 +117,14 @@ async def test_batch_turns_are_served(world):
 
 
 async def test_a_failed_turn_says_why(world):
-    await world.begin()
+    await world.begin(STEADY)
     events = await world.generate(options=TEXT_ONLY, session_id="s")
     assert events[-1].HasField("done")
-    request = pb.GenerateRequest(say=" ", session_id="s")  # the language model finds nothing to say
-    failed = [response.event async for response in world.stub.Generate(request)][-1]
-    assert failed.failed.reason == "INVALID_PARAMETER"
+    stream = world.stub.Generate(pb.GenerateRequest(messages=[asks()], session_id="s"))
+    failure = Failure(code=13, reason="BROKEN", message="try another")
+    await world.journal.fail((await stream.read()).event.turn_id, failure)
+    events = [response.event async for response in stream]
+    assert events[-1].failed == failure
     assert len((await world.session("s")).messages) == 2
 
 
@@ -334,6 +336,16 @@ async def test_resume_gives_exactly_the_rest_wherever_the_connection_was_lost(wo
             assert rest[0] == told[0]
             rest = rest[1:]
         assert by_kind(rest) == by_kind(told[cut:])
+
+
+@pytest.mark.parametrize("field", ["last_audio_index", "last_text_index"])
+async def test_nobody_has_more_of_a_turn_than_there_is(world, told, field):
+    end = last_index(told, field.split("_")[1])
+    request = pb.ResumeRequest(turn_id=told[0].turn_id, **{field: end})
+    assert kinds([response.event async for response in world.stub.Resume(request)])[-1] == "done"
+    error = await refused(world.stub.Resume(pb.ResumeRequest(turn_id=told[0].turn_id, **{field: end + 1})))
+    assert isinstance(error, RequestError)
+    assert error.field == field
 
 
 async def test_resume_elsewhere_while_the_turn_runs(world):
