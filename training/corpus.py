@@ -135,6 +135,16 @@ def balanced(clips: Sequence[Clip], limit: int | None) -> list[Clip]:
     return [*speaker[:limit], *callers[:limit]]
 
 
+GROUPS = ("speaker", "callers", "strangers")
+
+
+def held_out(folder: Path, group: str, limit: int | None = None) -> list[Clip]:
+    """Clips with held-out texts: of the speaking voice, of callers that were trained on, or of strangers."""
+    clips = load_clips(folder, "unseen" if group == "strangers" else "seen")
+    wanted = [clip for clip in clips if (clip.item.voice == SPEAKER.name) == (group == "speaker")]
+    return wanted[:limit]
+
+
 # ---- all sound in one file --------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from kimia.model.config import EncoderConfig, FeatureConfig
 from kimia.model.whisper import WhisperFeatures
 from kimia.model.writing import write_safetensors
 from training.config import micro_configs
-from training.corpus import Clip, balanced, load_clips
+from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
 from training.hearing import (
     EVENTS,
     FRAMES_PER_TOKEN,
@@ -129,8 +129,8 @@ def main() -> None:
         "encoder", training, lambda step: training.losses(hearing.windows(step, options.batch)), plan, options.run
     ).run()
     averaged_weights(options.run, training)
-    for split, voice in (("seen", "hibari"), ("seen", None), ("unseen", None)):
-        print(split, voice, *judge(training, load_clips(options.corpus, split, voice, 100)).items(), sep="\n  ")
+    for group in GROUPS:
+        print(group, *judge(training, held_out(options.corpus, group, 100)).items(), sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,4 +69,4 @@ def error_rate(references: Sequence[str], heard: Sequence[str], *, words: bool) 
     drawn = [rng.choices(range(len(pairs)), k=len(pairs)) for _ in range(RESAMPLES)]
     rates = [errors[index].sum() / max(1.0, lengths[index].sum()) for index in drawn]
     low, high = np.percentile(rates, [2.5, 97.5])
-    return ErrorRate(errors.sum() / max(1.0, lengths.sum()), float(low), float(high), len(pairs))
+    return ErrorRate(float(errors.sum() / max(1.0, lengths.sum())), float(low), float(high), len(pairs))

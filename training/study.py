@@ -9,17 +9,22 @@ Nothing of this is shipped. It bounds what a pupil of that teacher can reach wit
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kimia.errors import ParameterError
 from kimia.model.vq import pool
 from training.codebook import CodeTraining, Recipe, Weights, judge
 from training.config import micro_configs
-from training.corpus import Clip, balanced, load_clips
+from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing
+from training.listening import griffin_lim, word_errors
 from training.loop import Loop, Plan, averaged_weights
+from training.scores import ErrorRate
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
 
@@ -43,6 +48,25 @@ class TaughtCodes(CodeTraining):
         return self.book.nearest(self.hidden(teacher.hear(clip.heard())[None])[0])
 
 
+@torch.no_grad()
+def listen(training: TaughtCodes, clips: Sequence[Clip], hearing: Hearing, teacher: Teacher) -> dict[str, ErrorRate]:
+    """Word errors of the speaker's clips: as they are, through Griffin-Lim, and through codes and Griffin-Lim."""
+    training.eval()
+    waves: dict[str, list[np.ndarray]] = {"original": [], "mel": [], "codes": []}
+    for clip in clips:
+        target = hearing.speech_target(clip)
+        if target is None:
+            raise ParameterError(f"only the speaking voice can be listened to, got {clip.item.voice}")
+        codes = training.codes_of(clip, teacher)
+        drawn = training.head(training.book.rows[codes][None])[1][0]
+        waves["original"].append(clip.speech.astype(np.float32) / 2**15)
+        for name, mel in (("mel", target), ("codes", drawn)):
+            natural = mel * hearing.flow.mel_std + hearing.flow.mel_mean
+            waves[name].append(griffin_lim(natural, hearing.vocoder).numpy())
+    texts = [clip.item.text for clip in clips]
+    return {name: word_errors(texts, made) for name, made in waves.items()}
+
+
 def main() -> None:
     """Train codes on the teacher's states, then judge them on held-out texts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -54,6 +78,7 @@ def main() -> None:
     parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
     parser.add_argument("--limit", type=int, default=1000, help="clips of the speaker, and as many of callers")
     parser.add_argument("--test", type=int, default=100)
+    parser.add_argument("--listen", type=int, default=0, help="clips of the speaker that the judge listens to")
     options = parser.parse_args()
     torch.manual_seed(1)
     torch.set_num_threads(1)
@@ -71,10 +96,13 @@ def main() -> None:
         "study", training, lambda step: training.losses(hearing.batch(step, recipe.batch), step), plan, options.run
     ).run()
     averaged_weights(options.run, training)
-    for split, voice in (("seen", "hibari"), ("seen", None), ("unseen", None)):
-        test = load_clips(options.corpus, split, voice, options.test)
-        found = judge(training, test, hearing, lambda clip: training.codes_of(clip, teacher))
-        print(split, voice, *found.items(), sep="\n  ", flush=True)
+    if options.listen:
+        clips = held_out(options.corpus, "speaker", options.listen)
+        print(*listen(training, clips, hearing, teacher).items(), sep="\n", flush=True)
+    for group in GROUPS if options.test else ():
+        clips = held_out(options.corpus, group, options.test)
+        found = judge(training, clips, hearing, lambda clip: training.codes_of(clip, teacher))
+        print(group, *found.items(), sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":

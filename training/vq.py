@@ -21,7 +21,7 @@ from kimia.model.vq import VQTokenizer
 from kimia.model.writing import write_safetensors
 from training.codebook import CodeTraining, Recipe, Weights, judge
 from training.config import micro_configs
-from training.corpus import Clip, balanced, load_clips
+from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
 from training.hearing import FRAMES_PER_TOKEN, TAUGHT_EVERY, Batch, Hearing, lesson_loss
 from training.initial import initialise
 from training.loop import Loop, Plan, averaged_weights
@@ -112,9 +112,9 @@ def main() -> None:
             "vq", training, lambda step: training.losses(hearing.batch(step, recipe.batch), step), plan, options.run
         ).run()
     averaged_weights(options.run, training)
-    for split, voice in (("seen", "hibari"), ("seen", None), ("unseen", None)):
-        clips = load_clips(options.corpus, split, voice, limit=100)
-        print(split, voice, *judge(training, clips, hearing, training.codes_of).items(), sep="\n  ")
+    for group in GROUPS:
+        found = judge(training, held_out(options.corpus, group, 100), hearing, training.codes_of)
+        print(group, *found.items(), sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":

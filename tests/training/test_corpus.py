@@ -6,11 +6,13 @@ import soundfile
 
 from kimia.errors import AudioError, ParameterError
 from training.corpus import (
+    GROUPS,
     LIST,
     PACKED,
     TOKEN_SAMPLES,
     Item,
     balanced,
+    held_out,
     load_clip,
     load_clips,
     pack,
@@ -100,6 +102,16 @@ def test_a_balanced_corpus_has_as_many_callers_as_speaker_clips(tone_clips):
     chosen = [clip.item.voice for clip in balanced(tone_clips, 2)]
     assert chosen == ["hibari", "hibari", "flite-slt", "flite-slt"]
     assert len(balanced(tone_clips, None)) == len(tone_clips)
+
+
+def test_held_out_clips_are_grouped_by_who_speaks(tmp_path):
+    texts = Item("seen", "hibari", "goodbye"), Item("seen", "flite-slt", "hello"), Item("unseen", "flite-rms", "yes")
+    write_list(tmp_path, [HELLO, *texts])
+    for item in texts:
+        put(tmp_path, item, 0.5)
+    for group, item in zip(GROUPS, texts, strict=True):
+        assert [clip.item for clip in held_out(tmp_path, group)] == [item]
+    assert held_out(tmp_path, "strangers", 0) == []
 
 
 def test_packed_sound_is_the_same_sound(tmp_path):

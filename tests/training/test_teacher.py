@@ -100,7 +100,7 @@ def test_the_real_teacher_agrees_with_ctranslate2():
     model = ctranslate2.models.Whisper(str(model_file().parent), compute_type="float32", intra_threads=1)
     theirs = np.array(model.encode(ctranslate2.StorageView.from_array(mel)))[0]
     ours = teacher.hear(wave)
-    np.testing.assert_allclose(ours, theirs[: len(ours)], atol=1e-3)
+    np.testing.assert_allclose(ours, theirs[: len(ours)], atol=1e-2)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -99,6 +99,7 @@ def test_a_call_asks_back_what_was_told():
         ("within 30 days", "within thirty days"),
         ("Four, oh two", "four zero two"),
         ("OK, ten to four", "ok 10 to 4"),
+        ("Where is my order for 72", "where is my order four seven two"),
     ],
 )
 def test_what_recognisers_write_compares_equal_to_what_was_said(written, spoken):
