@@ -131,6 +131,17 @@ async def test_who_takes_the_reader_over_shuts_the_old_one_out(world):
     assert (await world.journal.head(turn.id)).reader == "o2"
 
 
+async def test_an_old_reader_is_shut_out_even_where_a_fail_over_lost_the_counter(world):
+    turn = new_turn()
+    old = (await world.journal.open_turn(turn, "o1")).token
+    await world.redis.delete(keys.token("{0}", "reader"))
+    new = await world.journal.take_reader(turn.id, "o2")
+    await world.redis.delete(keys.token("{0}", "reader"))
+    assert len({old, new, (await world.journal.open_turn(new_turn(), "o1")).token}) == 3
+    with pytest.raises(StateError, match="another connection"):
+        await world.journal.submit(turn, old)
+
+
 async def test_a_new_reader_gets_the_pointers(world):
     worker = await world.worker()
     claim = await world.claimed(worker)

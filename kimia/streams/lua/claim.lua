@@ -55,7 +55,7 @@ if tries > tonumber(most) then
   return {'over'}
 end
 
-local token = redis.call('INCR', KEYS[8])
+local token = new_token(KEYS[8])
 redis.call('HSET', head, s'consumer', consumer, s'token', token, s'lease', now + lease * 1000)
 redis.call('XCLAIM', stream, GROUP, consumer, 0, entry, 'JUSTID')
 local waited = 0

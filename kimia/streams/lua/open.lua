@@ -11,7 +11,7 @@ for _, id in ipairs({idem and redis.call('GET', idem) or turn, turn}) do
   if old[2] then return {'existing', id, old[1] == reader and tonumber(old[2]) or 0} end
 end
 
-local token = redis.call('INCR', KEYS[8])
+local token = new_token(KEYS[8])
 redis.call('HSET', KEYS[1], 'state', 'open', 'turn', spec, 'reader', reader, 'reader_token', token, 'session', session,
   'tenant', tenant, 'key', key, 'ttl', ttl, 'opened', clock())
 -- A head that is made again after a fail-over goes on with the logs that were left.

@@ -15,6 +15,13 @@ local function clock()
   return time[1] * 1000000 + time[2]
 end
 
+-- A token that no claim or reader has had, not even one that a fail-over has forgotten: the clock goes on.
+local function new_token(counter)
+  local token = math.max(redis.call('INCR', counter), clock())
+  redis.call('SET', counter, token)
+  return token
+end
+
 local function fields(key, ...)
   return redis.call('HMGET', key, ...)
 end

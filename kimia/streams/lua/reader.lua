@@ -4,7 +4,7 @@
 -- answer new token | 0: no such turn
 local ttl = redis.call('HGET', KEYS[1], 'ttl')
 if not ttl then return 0 end
-local token = redis.call('INCR', KEYS[7])
+local token = new_token(KEYS[7])
 redis.call('HSET', KEYS[1], 'reader', ARGV[1], 'reader_token', token)
 renew_turn(ttl)
 return token
