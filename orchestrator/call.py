@@ -115,7 +115,10 @@ class Call:
 
     async def _hang_up(self, reading: asyncio.Task[None]) -> None:
         """The running turn goes on, and what was collected is kept; the client may come back."""
-        await end([reading, *(task for _, task in self._followed.values()), *filter(None, [self._leaving])])
+        await end([reading])  # first, since it begins to follow turns
+        for turn_id in tuple(self._followed):
+            await self._stop_following(turn_id)
+        await end([*filter(None, [self._leaving])])
         if self._reservation is None:
             return
         if self._over:

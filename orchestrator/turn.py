@@ -287,7 +287,9 @@ class Turns:
         try:
             head = await patiently(lambda: self.journal.head(turn_id))
             if head.turn.caller.tenant != tenant:
-                raise NotFoundError(f"no turn {turn_id}: it has expired or was deleted; open a new one", field="turn_id")
+                raise NotFoundError(
+                    f"no turn {turn_id}: it has expired or was deleted; open a new one", field="turn_id"
+                )
             head = await self._submitted(turn_id)
             if head.reader != self.inbox.owner:
                 await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))

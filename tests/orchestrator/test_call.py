@@ -29,6 +29,7 @@ from tests.orchestrator.world import (
     speaks,
     text_of,
 )
+from tests.runtime.workers import SECONDS
 
 pytestmark = pytest.mark.unit
 
@@ -394,6 +395,31 @@ async def test_a_running_turn_of_an_earlier_call_must_end_first(world):
         await call.send(text=pb.CallerText(text="next"))
         await call.send(commit=pb.Commit())
         assert isinstance(await call.error(), StateError)
+
+
+async def test_nothing_is_followed_for_a_client_that_vanished_as_its_turn_began(world, monkeypatch):
+    await world.begin(ENDLESS)
+    turns, vanish = world.hosts[0].desk.turns, asyncio.Event()
+    follow = turns.follow
+
+    async def followed(*args):
+        following = await follow(*args)
+        vanish.set()
+        try:
+            await asyncio.sleep(SECONDS)
+        except asyncio.CancelledError:  # lost, as redis-py loses one that comes with an answer
+            return following
+        raise AssertionError("not cancelled")
+
+    monkeypatch.setattr(turns, "follow", followed)
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        await call.send(text=pb.CallerText(text="tell me"))
+        await call.send(commit=pb.Commit())
+        await vanish.wait()
+    await world.afterwards()
+    assert world.hosts[0].inbox._feeds == {}
+    assert [task for task in asyncio.all_tasks() if "_told" in repr(task.get_coro())] == []
 
 
 async def test_rows_stay_reserved_for_a_client_that_may_come_back(world):
