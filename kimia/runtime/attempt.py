@@ -19,7 +19,7 @@ from kimia.streams import keys
 from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Feed, Inbox
 from kimia.streams.jobs import Claim, Jobs, Outcome
-from kimia.streams.patience import CANCEL_AGAIN, Patience
+from kimia.streams.patience import CANCEL_AGAIN, Patience, end
 from kimia.v1.turn_pb2 import Chunk
 
 CODE_SECONDS = 0.08
@@ -129,8 +129,9 @@ class Attempt:
     async def _publish_all(self, inbox: AsyncIterator[Chunk], take: Take, published: Sequence[Chunk]) -> str:
         chunks = self._bench.stage.run(self.claim.turn, inbox, published)
         made = list(published)  # kept until the turn ends: a journal that lost writes asks for them again
+        ready = _ahead(chunks)
         try:
-            async for chunk in chunks:
+            async for chunk in ready:
                 out = await take(chunk)
                 if out is None:
                     continue
@@ -140,6 +141,7 @@ class Attempt:
                     return self.outcome
         finally:
             self._closing = True
+            await close(ready)
             await close(chunks)
             await close(inbox)
         raise InternalError(f"the {self.claim.kind.name} stage ended without a final chunk; see its worker's log")
@@ -202,6 +204,17 @@ class Attempt:
         if sound:
             REAL_TIME_FACTOR.labels(stage).observe(made[-1].report.compute_seconds / sound)
         return "done"
+
+
+async def _ahead(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """The same chunks; the next one is being made while the last one is published."""
+    making = asyncio.ensure_future(anext(chunks, None))
+    try:
+        while (chunk := await making) is not None:
+            making = asyncio.ensure_future(anext(chunks, None))
+            yield chunk
+    finally:
+        await end([making])
 
 
 async def _as_it_is(chunk: Chunk) -> Chunk:
