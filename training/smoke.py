@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kimia.errors import ConfigError
 from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
 from kimia.model.consistency import ModelConfigs
 from kimia.model.detokenize import Detokenizer
@@ -22,7 +23,7 @@ from kimia.model.encode import AudioEncoder
 from kimia.model.lm import load_lm
 from kimia.model.text import TextTokenizer
 from training.codebook import Recipe
-from training.config import micro_configs, write_configs
+from training.config import LIMIT_BYTES, micro_configs, write_configs
 from training.corpus import TOKEN_SAMPLES, Clip, Item
 from training.encoders import EncoderTraining, write_encoder
 from training.flow import FlowTraining, write_flow
@@ -124,7 +125,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         smoke = Smoke(options.out or Path(scratch), micro_configs(), options.steps)
-        print(f"loads strictly: {load_all(smoke.run(), smoke.configs) / 1e6:.1f} MB")
+        size = load_all(smoke.run(), smoke.configs)
+        print(f"loads strictly: {size / 1e6:.1f} MB of {LIMIT_BYTES / 1e6:.0f}")
+        if size > LIMIT_BYTES:
+            raise ConfigError(f"the folder has {size} bytes, above {LIMIT_BYTES}; shrink training.config.MICRO")
 
 
 if __name__ == "__main__":

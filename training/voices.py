@@ -16,7 +16,7 @@ import io
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -199,8 +199,3 @@ def _read(path: Path) -> np.ndarray:
     if rate != SPEECH_RATE or samples.ndim != 1 or not len(samples):
         raise AudioError(f"{path}: is no mono speech at {SPEECH_RATE} Hz; delete it and it is made again")
     return np.asarray(samples)
-
-
-def installed(voices: tuple[Voice, ...]) -> Iterator[Voice]:
-    """Those of the voices that can speak here."""
-    return (voice for voice in voices if is_installed(voice))
