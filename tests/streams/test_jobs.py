@@ -109,6 +109,16 @@ async def test_a_last_chunk_may_be_sent_again(world):
     assert await world.state(claim.turn) == "done"
 
 
+async def test_a_turn_is_done_when_all_its_logs_are_whole(world):
+    """A fail-over took the end of the ids back after the detokenizer had read it."""
+    jobs, claims = await world.speaking()
+    await jobs["detokenizer"].publish(claims["detokenizer"], speech(1, final=True))
+    assert await world.state(claims["llm"].turn) == "running"
+    await jobs["llm"].publish(claims["llm"], step(1, final=True))
+    assert await world.state(claims["llm"].turn) == "done"
+    assert (await world.pointers("orchestrator"))[-1] == (claims["llm"].turn.id, "state", 0)
+
+
 async def test_many_turns_are_published_in_one_round_trip(world):
     worker = await world.worker()
     for number in range(3):
@@ -482,6 +492,14 @@ async def test_a_rewound_turn_is_encoded_again(world):
     assert (new.rewound, new.attempt) == (True, 2)
     assert await llm.publish(new, step(0)) == Published(WRITTEN, 1)
     assert await tokenizer.depth() == (0, 0)
+
+
+async def test_what_is_done_is_not_rewound(world):
+    llm = await world.worker(LLM, "llm-1")
+    claim = await world.claimed(llm, new_turn(route=("llm", "detokenizer")))
+    await llm.publish(claim, step(0, final=True))
+    await llm.rewind(claim)
+    assert "tokenizer" not in (await world.journal.head(claim.turn.id)).stages
 
 
 async def test_a_turn_without_new_sound_can_be_rewound(world):

@@ -66,6 +66,15 @@ local function notify(head, turn, ttl)
   end
 end
 
+-- Whether every stage that was queued has written its final chunk.
+local function all_done(head)
+  for _, stage in ipairs({'tokenizer', 'llm', 'detokenizer'}) do
+    local h = fields(head, stage .. ':queued', stage .. ':done')
+    if h[1] and not h[2] then return false end
+  end
+  return true
+end
+
 -- Set the one terminal state. The caller has seen that there is none yet.
 local function finish(turn, state, failure, ttl)
   redis.call('HSET', KEYS[1], 'state', state, 'ended', clock())

@@ -39,6 +39,7 @@ if final then
   redis.call('HSETNX', head, stage .. ':done', clock())
 end
 if after ~= '' and (final or early == '1') and not h[7] then queue(head, KEYS[9], after, turn) end
-if final and after == '' then finish(turn, 'done', '', ttl) end
+-- Mostly with the last stage's; where a fail-over took back what that stage had read, when it is there again.
+if final and all_done(head) then finish(turn, 'done', '', ttl) end
 renew_turn(ttl)
 return {new and 'written' or 'duplicate', next}
