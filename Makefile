@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e check proto format clean
+.PHONY: help setup demo test e2e faults check proto format clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## make .venv with the `kimia` command in it
 
@@ -41,6 +41,17 @@ test: $(STAMP)  ## the tests, as continuous integration runs them
 
 e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of packages the first time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e tests/e2e
+
+# A run is found again by its seed: make faults SEED=...
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+EXAMPLES ?= 2000
+
+faults: $(STAMP)  ## random examples against the stream protocol, and deliberate faults in it: half an hour; SEED= finds a run again
+	@echo "seed $(SEED), $(EXAMPLES) examples; the same again: make faults SEED=$(SEED) EXAMPLES=$(EXAMPLES)"
+	KIMIA_FAULT_SEED=$(SEED) KIMIA_FAULT_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults
+
+micro-smoke: $(STAMP)  ## a few steps of every trainer, and the folder that they write
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.smoke
 
 check: $(STAMP)  ## format, lint, types, import rules, dead code, the contract
 	$(BIN)/ruff format --check .
