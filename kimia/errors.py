@@ -69,7 +69,12 @@ class WeightsError(CheckpointError):
 
 
 class AudioError(KimiaError):
-    """An audio input is empty, too long, not finite or not decodable."""
+    """An audio input is empty, too long, not finite or not decodable. `index` is that of its message, if it has one."""
+
+    def __init__(self, rule: str, index: int | None = None) -> None:
+        self.rule = rule
+        self.index = index
+        super().__init__(rule if index is None else f"message {index}: {rule}")
 
 
 class ConversationError(KimiaError):

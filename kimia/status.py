@@ -102,10 +102,13 @@ _BY_CODE = {code: kind for kind, code in _SERVICE.items()}
 
 def to_failure(error: BaseException) -> Failure:
     """What is told of an error. Of an exception that is no KimiaError nothing is told: its text may hold anything."""
+    if isinstance(error, UnavailableError) and error.__cause__ is not None:  # it names addresses within the service
+        rule = "a part of the service cannot be reached; try again"
+        return _failure(_of_class(_SERVICE, error), error.reason, rule, retry_after=_delay(error))
     if isinstance(error, ServiceError):
         code = _of_class(_SERVICE, error)
         return _failure(code, error.reason, error.rule, error.field, _delay(error))
-    if isinstance(error, ConversationError):
+    if isinstance(error, ConversationError | AudioError):
         code, reason = _of_class(_LIBRARY, error)
         return _failure(code, reason, error.rule, "" if error.index is None else f"messages[{error.index}]")
     if isinstance(error, KimiaError):
@@ -117,7 +120,7 @@ def to_failure(error: BaseException) -> Failure:
 def from_failure(failure: Failure) -> KimiaError:
     """The error that `to_failure` was given: same class, same text, same field."""
     kind = _BY_REASON.get(failure.reason)
-    if kind is not None and issubclass(kind, ConversationError):
+    if kind is not None and issubclass(kind, ConversationError | AudioError):
         index = re.fullmatch(r"messages\[(\d+)\].*", failure.field)
         return kind(failure.message, int(index[1]) if index else None)
     if kind is not None:

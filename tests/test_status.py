@@ -43,6 +43,7 @@ EXAMPLES = [
     ContextLengthError("the prompt has 9000 positions; shorten it", 0),
     ParameterError("temperature must be 0 or more, got -1"),
     AudioError("the clip is empty"),
+    AudioError("the clip is empty", 3),
     RequestError("give 8000, 16000, 24000 or 48000", field="config.input_format.sample_rate"),
     RequestError("too large", reason="MESSAGE_SIZE"),
     StateError("the first message must be the configuration", field="config"),
@@ -58,6 +59,18 @@ def same(first, second):
     assert str(first) == str(second)
     for name in ("reason", "field", "index", "rule", "retry_after"):
         assert getattr(first, name, None) == getattr(second, name, None), name
+
+
+def test_sound_that_is_wrong_names_its_message():
+    assert to_failure(AudioError("the clip is empty", 3)).field == "messages[3]"
+
+
+def test_clients_are_not_told_where_the_parts_of_the_service_are():
+    error = UnavailableError("the journal cannot be reached (connecting to 10.0.0.7:6379)", retry_after=2.0)
+    error.__cause__ = ConnectionError("connecting to 10.0.0.7:6379")
+    failure = to_failure(error)
+    assert "10.0.0.7" not in str(failure)
+    assert (failure.code, failure.reason, failure.retry_delay.seconds) == (14, "UNAVAILABLE", 2)
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

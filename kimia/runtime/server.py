@@ -24,7 +24,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection
 
-from kimia.errors import DeadlineError, KimiaError, RequestError, SettingsError
+from kimia.errors import DeadlineError, KimiaError, RequestError, SettingsError, UnavailableError
 from kimia.runtime.logs import get_logger
 from kimia.runtime.settings import Settings
 from kimia.status import abort, to_failure
@@ -264,8 +264,12 @@ def _parts(method: Any) -> tuple[Callable[..., Any], Behavior]:
 
 
 def _log_refusal(name: str, error: KimiaError) -> None:
-    """The sentence stays out: it may quote the caller."""
+    """The sentence stays out, since it may quote the caller, unless it tells of the service itself."""
     failure = to_failure(error)
     internal = failure.code == grpc.StatusCode.INTERNAL.value[0]
-    write = log.error if internal else log.info
-    write("call refused", method=name, reason=failure.reason, field=failure.field, exc_info=error if internal else None)
+    if isinstance(error, UnavailableError):
+        log.warning("call refused", method=name, reason=failure.reason, error=str(error))
+    elif internal:
+        log.error("call refused", method=name, reason=failure.reason, field=failure.field, exc_info=error)
+    else:
+        log.info("call refused", method=name, reason=failure.reason, field=failure.field)

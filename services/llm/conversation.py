@@ -128,7 +128,7 @@ def _joined(index: int, pieces: Sequence[Encoded], heard: bool, width: int) -> E
     try:
         return EncodedAudio(codes, torch.cat([_rows(piece, width) for piece in pieces]))
     except AudioError as error:
-        raise AudioError(f"message {index}: {error}") from error
+        raise AudioError(str(error), index) from error
 
 
 def _rows(piece: Encoded, width: int) -> torch.Tensor:

@@ -94,7 +94,7 @@ class TokenizerStage:
             wave = read_wave(sound, data, self.encoder.sample_rate)
             return stretches(sound.clip.number, self._encoded(wave, sound.heard))
         except AudioError as error:
-            raise AudioError(f"message {sound.index}: {error}") from error
+            raise AudioError(str(error), sound.index) from error
 
     def _encoded(self, wave: np.ndarray, heard: bool) -> EncodedClip:
         if heard:
@@ -124,7 +124,7 @@ class Gathering:
             raise ConversationError(f"sound came for clip {number}, which no message has; send what the turn names")
         sound = self._sounds[number]
         if number in self._ended:
-            raise AudioError(f"message {sound.index}: sound came after the end of its clip")
+            raise AudioError("sound came after the end of its clip", sound.index)
         self._parts.setdefault(number, []).append(chunk.input.data)
         if not chunk.input.clip_end:
             return None
@@ -137,9 +137,9 @@ class Gathering:
             if number in self._ended:
                 continue
             if number in self._parts:
-                raise AudioError(f"message {sound.index}: its sound was cut off; mark the last piece as clip_end")
+                raise AudioError("its sound was cut off; mark the last piece as clip_end", sound.index)
             if sound.must_be_encoded:
-                raise AudioError(f"message {sound.index}: its sound never came")
+                raise AudioError("its sound never came", sound.index)
 
 
 def read_wave(sound: Sound, data: bytes, rate: int) -> np.ndarray:
