@@ -7,6 +7,7 @@ stage's generator and frees row and reservation.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections import Counter
@@ -45,6 +46,8 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 PAYLOADS: dict[Log, str] = {"input": "input", "encoded": "encoded", "tokens": "step", "audio": "speech"}
 RESERVED_SECONDS = 30.0  # a reservation outlives its process by no more than this
 RETRY_SECONDS = 1.0
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,129}")
 
 log = get_logger()
 
@@ -106,17 +109,22 @@ class Direct:
         checks.end()
 
     def _seconds(self, context: Context) -> float:
-        """Time that the turn may take: until the call's deadline, if it has one."""
+        """Time that the turn may take: what the client gives it, but no more than the settings."""
         remaining: float | None = context.time_remaining()
-        return self._settings.turn_deadline_seconds if remaining is None else remaining
+        limit = self._settings.turn_deadline_seconds
+        return limit if remaining is None else min(remaining, limit)
 
     def _completed(self, turn: Turn, deadline: float) -> Turn:
         """The turn with what its client left out. Raises RequestError, DeadlineError."""
         if turn.options.HasField("seed"):
             turn.seed = turn.options.seed
+        elif not turn.seed:
+            turn.seed = secrets.randbelow(SEED_LIMIT)
         if turn.seed >= SEED_LIMIT:
             raise RequestError("a seed is at most 2**63 - 1", field="turn.seed")
-        turn.seed = turn.seed or secrets.randbelow(SEED_LIMIT)
+        for field, name in (("id", turn.id), ("session_id", turn.session_id), ("caller.tenant", turn.caller.tenant)):
+            if name and not _NAME.fullmatch(name):
+                raise RequestError("must be 1 to 129 letters, digits, '_', '.' or '-'", field=f"turn.{field}")
         turn.session_id = turn.session_id or f"direct-{secrets.token_hex(8)}"
         turn.id = turn.id or f"{turn.session_id}.{secrets.token_hex(8)}"
         turn.caller.tenant = turn.caller.tenant or "default"
@@ -200,9 +208,12 @@ async def _before(deadline: float, items: AsyncIterator[Any]) -> Any:
 
 
 def _set_deadline(turn: Turn, remaining: float) -> None:
-    """The earlier one of the turn's and the call's. Raises DeadlineError when it has passed."""
+    """The earlier one of the turn's and the call's. Raises DeadlineError when it has passed, RequestError."""
     now = time.time()
-    call, own = now + remaining, turn.deadline.ToNanoseconds() / 1e9
+    try:
+        call, own = now + remaining, turn.deadline.ToNanoseconds() / 1e9
+    except ValueError as error:
+        raise RequestError("is no time; leave it out, or give one to come", field="turn.deadline") from error
     if turn.HasField("deadline") and own <= now:
         raise DeadlineError("the deadline of the turn has passed; start another")
     if not turn.HasField("deadline") or call < own:

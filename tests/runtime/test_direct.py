@@ -6,6 +6,7 @@ import time
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from kimia.errors import (
     CapacityError,
@@ -27,7 +28,7 @@ from kimia.v1.audio_pb2 import ENCODING_PCM_S16LE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import ROLE_USER, Message, Text
 from kimia.v1.stages_pb2 import EncodeRequest, LanguageModelGenerateRequest, SynthesizeRequest
 from kimia.v1.stages_pb2_grpc import DetokenizerStub, LanguageModelStub, TokenizerStub
-from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, Speech, StageReport, Step, Turn
+from kimia.v1.turn_pb2 import Caller, Chunk, Encoded, InputAudio, Speech, StageReport, Step, Turn
 
 pytestmark = pytest.mark.unit
 
@@ -220,7 +221,7 @@ async def test_what_the_client_gives_is_kept():
         await serving.collect(given, *steps(1), timeout=20)
     first, second = stage.turns
     assert (first.id, first.session_id, first.seed, first.caller.tenant) == ("mine.1", "mine", 5, "acme")
-    assert second.seed != 5
+    assert second.seed == 0
     assert second.deadline.ToNanoseconds() / 1e9 < time.time() + 21
 
 
@@ -240,6 +241,10 @@ ORDER = [
     ([SynthesizeRequest()], "turn"),
     ([steps(1)[0]], "turn"),
     ([Turn(seed=SEED_LIMIT)], "turn.seed"),
+    ([Turn(id="x" * 200)], "turn.id"),
+    ([Turn(session_id="a:b")], "turn.session_id"),
+    ([Turn(caller=Caller(tenant="{x}"))], "turn.caller.tenant"),
+    ([Turn(deadline=Timestamp(seconds=2**62, nanos=-5))], "turn.deadline"),
     ([Turn()], "chunk.final"),
     ([Turn(), Turn()], "chunk"),
     ([Turn(), SynthesizeRequest()], "chunk"),
@@ -362,6 +367,13 @@ async def test_the_deadline_of_the_call_ends_the_turn():
     async with Serving(stage) as serving:
         assert type(await serving.refused(Turn(), *steps(1), timeout=0.1)) is DeadlineError
         await stage.closed.wait()
+
+
+async def test_no_call_holds_a_row_longer_than_the_settings_allow():
+    settings = Settings(listen="127.0.0.1:0", turn_deadline_seconds=0.05)
+    async with Serving(Probe(held=True), settings=settings) as serving:
+        assert type(await serving.refused(Turn(), *steps(1), timeout=60)) is DeadlineError
+        assert serving.rows.free == 2
 
 
 @pytest.mark.parametrize("turn", [[], [Turn()]], ids=["no turn", "no chunk"])
