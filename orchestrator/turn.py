@@ -11,6 +11,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kimia.errors import KimiaError, NotFoundError, StateError
@@ -248,7 +249,8 @@ class Turns:
             if record.running_turn_id != turn_id:
                 raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
             if time.monotonic() > end:
-                await self._submit_again(record)
+                with suppress(StateError):  # fenced off: somebody else is at it
+                    await self._submit_again(record)
             await asyncio.sleep(STARTING_PAUSE)
 
     def _rescue(self, turn_id: str) -> None:
