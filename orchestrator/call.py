@@ -360,6 +360,8 @@ class Call:
             heard = following.sent_ms if heard is None else min(heard, following.sent_ms)
         settled = await self._desk.finish(self._turns.stop(turn_id, heard))
         head = settled.head
+        if following is not None:
+            count(following, head)
         if head.state == "error":
             await self._tell(TurnEvent(turn_id=turn_id, failed=head.failure))
         else:
