@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import redis
 
 from kimia.errors import CapacityError
 from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
@@ -142,6 +143,17 @@ async def test_reservations_end_unless_they_are_renewed(ledger):
     await ledger.reserve("next", "t", ROUTE, LONG)
     with pytest.raises(CapacityError):
         await ledger.reserve("lost", "t", ROUTE, LONG)
+
+
+async def test_a_row_whose_time_is_over_is_not_held_any_more(ledger, journal_url):
+    """The session's hash ends by another clock than its rows, so it may outlive them by a moment."""
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", [LLM, DETOKENIZER], LONG)
+    with redis.Redis.from_url(journal_url) as client:
+        for pool in ("llm", "detokenizer", "@t"):
+            client.zadd(f"{{ledger}}:reserved:{pool}", {"a": 1})
+    await ledger.reserve("a", "t", [LLM], LONG)
+    assert await reserved(ledger) == [0, 1, 0]
 
 
 async def test_a_session_that_holds_its_rows_is_never_refused(ledger):

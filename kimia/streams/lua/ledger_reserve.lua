@@ -21,8 +21,10 @@ local function holders(pool)
   return redis.call('ZCARD', reserved)
 end
 
+-- A place whose time is over is not held, even if nobody has taken it out of the set yet.
 local function holds(pool)
-  return redis.call('ZSCORE', prefix .. 'reserved:' .. pool, session)
+  local ends = redis.call('ZSCORE', prefix .. 'reserved:' .. pool, session)
+  return ends and tonumber(ends) > now
 end
 
 local function refusal(word, name, pool, size)
