@@ -58,7 +58,7 @@ DESIGNED = (
         ),
     ),
     fault("no head-key check by a new reader", "reader", "if not ttl then return 0 end", "ttl = ttl or 9e5"),
-    fault("no head-key check at a handover", "release", "if not h[1] or over(h[1])", "if h[1] and over(h[1])"),
+    fault("no head-key check at a heartbeat", "heartbeat", "if not h[1] or over(h[1])", "if h[1] and over(h[1])"),
     fault(
         "submission lost between publish and submit",
         "publish",
@@ -70,7 +70,6 @@ DESIGNED = (
 # And others, each a line that could be forgotten.
 FORGOTTEN = (
     fault("a fence without the token", "publish", "h[2] ~= consumer or h[3] ~= token", "h[2] ~= consumer"),
-    fault("a fence without the name", "publish", "h[2] ~= consumer or h[3] ~= token", "h[3] ~= token"),
     fault(
         "a claim of what is done or replaced",
         "claim",
@@ -99,12 +98,36 @@ FORGOTTEN = (
     fault("an old reader that still writes", "append", "if h[2] ~= token then return {'fenced', next} end"),
     fault("input with gaps", "append", "if index > next then return {'gap', next} end"),
     fault("an old reader that still submits", "submit", "if h[2] ~= token then return 'fenced' end"),
-    fault("a turn submitted twice", "submit", "if h[1] == 'running' then return 'ok' end"),
     fault("a request that is not recognised", "open", "idem and redis.call('GET', idem) or turn", "turn"),
     fault("a deletion without tombstone", "delete", "redis.call('SET', KEYS[4], 1, 'PX', ARGV[1])"),
     fault("a deletion that leaves a log", "delete", ", head .. ':tokens'"),
     fault("a session written over", "save", "if found ~= version then return {'conflict', found} end"),
-    fault("a recovery that takes the living", "recover", "consumer, idle, from", "consumer, 0, from"),
+)
+
+# Faults of admission.
+LEDGER = (
+    fault(
+        "admission beyond the capacity",
+        "ledger_reserve",
+        "if reserved >= rows and not holds(stage) then",
+        "if false then",
+    ),
+    fault(
+        "admission beyond a tenant's limit", "ledger_reserve", "if limit >= 0 and count >= limit", "if false and count"
+    ),
+    fault("rows of the dead", "ledger_reserve", "if tonumber(ends) > now then rows", "if true then rows"),
+    fault(
+        "a renewal of what has ended",
+        "ledger_renew",
+        "if life > 0 and not (ends and tonumber(ends) > now) then return 0 end",
+    ),
+    fault("a release that forgets a stage", "ledger_renew", "pools[#pools + 1] = stage end", "pools[2] = stage end"),
+    fault(
+        "a refusal that keeps a row",
+        "ledger_reserve",
+        "  seen[stage] = true\n",
+        "  seen[stage] = true\n  redis.call('ZADD', prefix .. 'reserved:' .. stage, now + life, session)\n",
+    ),
 )
 
 

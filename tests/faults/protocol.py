@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, MultipleResults, initialize, invariant, precondition, rule
+from hypothesis.stateful import Bundle, MultipleResults, initialize, invariant, multiple, precondition, rule
 
 from kimia.errors import NotFoundError, StateError
 from kimia.stage import LLM, STAGES
@@ -162,6 +162,13 @@ class Protocol(Play):
         last = round(OPTIONS.lease * 1000) if silent else jobs._own_ttl()
         call = self.wire.call("recover" if silent else "take", streams, [jobs._consumer, 3, last])
         return Delivery(jobs, stage, streams, self.ground.run(call))
+
+    @rule(target=deliveries, pick=PICKS, number=NUMBERS)
+    def deliver_twice(self, pick: int, number: int) -> MultipleResults[Delivery]:
+        """It stops there for so long that another takes the entries; neither has claimed them yet."""
+        first = self.deliver(pick=pick, number=number, silent=False)
+        self.all_silent()
+        return multiple(first, self.deliver(pick=pick, number=3 - number, silent=True))
 
     @rule(target=attempts, delivery=deliveries)
     def claim_late(self, delivery: Delivery) -> MultipleResults[Attempt]:

@@ -1,4 +1,4 @@
-"""Directed examples of the state machine: short stories in which one thing goes wrong. Each ends with all that must hold.
+"""Directed examples of the state machine: short stories in which one thing goes wrong, each to its end.
 
 A scene calls the rules of `Protocol` itself, so that every answer is judged as in a random example.
 """
@@ -90,6 +90,19 @@ def a_worker_stops_between_delivery_and_claim(stage: Stage) -> None:
     assert not stage.claim_late(delivery=slow).values
     [new] = stage.claim_late(delivery=quick).values
     stage.say_all(new)
+
+
+def a_copy_comes_late(stage: Stage) -> None:
+    """The worker that was wanted finds its copy of a turn that another has begun, and done."""
+    words = {"session": "s1", "route": SPOKEN, "key": "", "deadline": None, "batch": False, "whole": False}
+    turn = stage.open(**words)
+    stage.submit(turn=turn, worker="llm-1", old=False, answers_lost=0)
+    stage.compare()
+    worker = stage.take(2)
+    stage.say_all(worker)
+    stage.silence_all()
+    jobs = stage.workers["llm", 1]
+    assert not stage.taken("llm", jobs, stage.ground.run(jobs.sweep(3))).values
 
 
 def a_living_worker_s_entry_looks_abandoned(stage: Stage) -> None:
@@ -211,9 +224,10 @@ def orchestrators_disagree(stage: Stage) -> None:
         stage.submit(turn=turn, worker="llm-1", old=False, answers_lost=1)
         stage.compare()
     stage.save(session="s1", behind=False)
-    stage.save(session="s1", behind=True)
-    stage.save(session="s1", behind=False)
-    stage.save(session="s1", behind=True)
+    stage.save(session="s1", behind=True)  # the same again: its answer was lost
+    stage.ask(route=TEXT)
+    stage.save(session="s1", behind=True)  # another
+    stage.compare()
 
 
 def input_outlives_its_turn(stage: Stage) -> None:
@@ -286,6 +300,7 @@ SCENES: tuple[Callable[[Stage], None], ...] = (
     a_worker_wakes_up_late,
     a_worker_takes_its_own_turn_over,
     a_worker_stops_between_delivery_and_claim,
+    a_copy_comes_late,
     a_living_worker_s_entry_looks_abandoned,
     chunks_come_twice_and_out_of_order,
     the_session_is_deleted_under_a_worker,

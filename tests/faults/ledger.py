@@ -1,0 +1,135 @@
+"""A state machine over admission: sessions, workers and time in any order, against a real server and a model of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kimia.errors import CapacityError
+from kimia.stage import STAGES, StageKind
+from kimia.streams import keys
+from kimia.streams.ledger import Ledger, StageUsage, WorkerRows
+from tests.faults.ground import HOUR, Ground, View
+from tests.faults.truth import demand
+
+ROUTES = (("llm",), ("llm", "detokenizer"), ("tokenizer", "llm", "detokenizer"))
+TENANTS = {"s1": "acme", "s2": "acme", "s3": "beta"}
+SESSION = st.sampled_from(sorted(TENANTS))
+STAGE = st.sampled_from(list(STAGES.values()))
+WORKER = st.sampled_from(("w1", "w2"))
+REMEMBERED = 6  # steps that a fail-over may take back
+
+
+@dataclass
+class Books:
+    """What the ledger must say."""
+
+    workers: dict[str, dict[str, WorkerRows]] = field(default_factory=lambda: {name: {} for name in STAGES})
+    places: dict[str, set[str]] = field(default_factory=dict)  # session -> stages in which it has a row
+
+    def reserved(self, stage: str) -> set[str]:
+        return {session for session, stages in self.places.items() if stage in stages}
+
+    def rows(self, stage: str) -> int:
+        return sum(worker.rows for worker in self.workers[stage].values())
+
+    def admits(self, session: str, route: Sequence[StageKind], limit: int | None) -> bool:
+        """Whether every stage has a row left, and the tenant a session."""
+        new = session not in self.places
+        others = [other for other in self.places if TENANTS[other] == TENANTS[session]]
+        if new and limit is not None and len(others) >= limit:
+            return False
+        held = self.places.get(session, set())
+        return all(kind.name in held or len(self.reserved(kind.name)) < self.rows(kind.name) for kind in route)
+
+
+class Admission(RuleBasedStateMachine):
+    """Sessions that come, stay and go; workers that come and die. `ground` is set by whoever runs it."""
+
+    ground: ClassVar[Ground]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(self.ground.wire())
+        self.books = Books()
+        self.past: deque[tuple[View, Books]] = deque(maxlen=REMEMBERED)
+
+    @initialize(rows=st.integers(1, 2))
+    def begin(self, rows: int) -> None:
+        for kind in STAGES.values():
+            self.announce(kind=kind, worker="w1", rows=rows)
+
+    @rule(kind=STAGE, worker=WORKER, rows=st.integers(0, 2))
+    def announce(self, kind: StageKind, worker: str, rows: int) -> None:
+        self.ground.run(self.ledger.announce(kind, worker, rows, 0))
+        self.books.workers[kind.name][worker] = WorkerRows(rows, 0)
+
+    @rule(kind=STAGE, worker=WORKER, politely=st.booleans())
+    def leave(self, kind: StageKind, worker: str, politely: bool) -> None:
+        """A worker withdraws, or is not heard of for three leases."""
+        name = keys.ledger(f"workers:{kind.name}")
+        if politely:
+            self.ground.run(self.ledger.withdraw(kind, worker))
+        elif worker in self.books.workers[kind.name]:
+            self.ground.redis.hset(name, worker, "5 0 1")
+        self.books.workers[kind.name].pop(worker, None)
+
+    @rule(session=SESSION, route=st.sampled_from(ROUTES), limit=st.sampled_from((None, None, 1)), again=st.booleans())
+    def reserve(self, session: str, route: Sequence[str], limit: int | None, again: bool) -> None:
+        kinds = [STAGES[name] for name in route]
+        for _ in range(1 + again):
+            admitted = self.books.admits(session, kinds, limit)
+            if admitted:
+                self.books.places[session] = {*self.books.places.get(session, ()), *route}
+            try:
+                self.ground.run(self.ledger.reserve(session, TENANTS[session], kinds, HOUR, limit))
+            except CapacityError as error:
+                demand(not admitted, session, "was refused:", error)
+                demand((error.retry_after or 0) > 0, "refused without saying when to come back")
+            else:
+                demand(admitted, session, "was admitted beyond the capacity")
+
+    @rule(session=SESSION)
+    def renew(self, session: str) -> None:
+        demand(self.ground.run(self.ledger.renew(session, HOUR)) == (session in self.books.places), "renewed otherwise")
+
+    @rule(session=SESSION, again=st.booleans())
+    def release(self, session: str, again: bool) -> None:
+        for _ in range(1 + again):
+            self.ground.run(self.ledger.release(session))
+        self.books.places.pop(session, None)
+
+    @rule(session=SESSION, late=st.booleans())
+    def end(self, session: str, late: bool) -> None:
+        """A reservation's time is over; `late`: its hash outlives it by a moment."""
+        for pool in (*STAGES, f"@{TENANTS[session]}"):
+            self.ground.redis.zadd(keys.ledger(f"reserved:{pool}"), {session: 1}, xx=True)
+        if not late:
+            self.ground.forget(keys.ledger(f"session:{session}"))
+        self.books.places.pop(session, None)
+
+    @precondition(lambda self: len(self.past) > 1)
+    @rule(steps=st.integers(1, REMEMBERED - 1))
+    def fail_over(self, steps: int) -> None:
+        """Another server takes over which has not got the last writes."""
+        for _ in range(min(steps, len(self.past) - 1)):
+            self.past.pop()
+        view, self.books = self.past.pop()
+        self.ground.put_back(view)
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        usage = self.ground.run(self.ledger.usage())
+        for name in STAGES:
+            wanted = StageUsage(self.books.workers[name], self.books.rows(name), len(self.books.reserved(name)))
+            demand(usage[name] == wanted, name, "is used as", usage[name], "and not", wanted)
+        view = self.ground.look()
+        for name, key in view.items():
+            demand(":workers:" in name or 0 <= key.ttl <= HOUR * 1000, name, "lives for", key.ttl, "ms")
+        self.past.append((view, copy.deepcopy(self.books)))
