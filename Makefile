@@ -37,7 +37,7 @@ demo: $(STAMP)  ## a recorded question through the whole service, and where the 
 
 test: $(STAMP)  ## the tests, as continuous integration runs them
 	@test -d .redis7 || bash tests/fetch_redis7.sh || echo "Redis 7.0.15 could not be fetched: what runs on Valkey only is said below"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of packages the first time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e tests/e2e
