@@ -35,6 +35,7 @@ demo: $(STAMP)  ## a recorded question through the whole service, and where the 
 	@echo "These weights are random: every stage really ran, but nothing was understood. With the real ones (26 GB of weights: a GPU of 32 GB or more):"
 	@echo "  .venv/bin/kimia up --model moonshotai/Kimi-Audio-7B-Instruct      and then      .venv/bin/kimia talk $(QUESTION)"
 
+test: export OMP_NUM_THREADS = 1  # as many processes as cores, and tiny matrices
 test: $(STAMP)  ## the tests, as continuous integration runs them
 	@test -d .redis7 || bash tests/fetch_redis7.sh || echo "Redis 7.0.15 could not be fetched: what runs on Valkey only is said below"
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -27,7 +27,10 @@ class Service:
 def running(*arguments: str) -> Iterator[Service]:
     """`kimia up` with these arguments on a free port, stopped at the end."""
     command = [sys.executable, "-m", "kimia.cli", "up", "--port", "0", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=(log := _Log()).writer())
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "KIMIA_THREADS": "1"}  # sums in the order of this process
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=one_thread, text=True, stdout=subprocess.PIPE, stderr=(log := _Log()).writer()
+    )
     try:
         yield _ready(process, log)
     finally:
