@@ -183,7 +183,7 @@ class Play(RuleBasedStateMachine):
         start = len(found.logs["input"])
         if start < LENGTH["input"]:
             self.append(turn, found.token, start, LENGTH["input"] - start)
-        self.submit_turn(turn, found.token, None)
+        self.submit_turn(turn, found.token, None if found.spec.seed % 2 else "llm-1")
 
     # ---- workers --------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Play(RuleBasedStateMachine):
                     found.given_up(stage, OPTIONS.max_deliveries)
                     self.truth.letters += 1
                 else:
-                    found.too_late()
+                    found.too_late(stage)
         attempts = [self._begun(jobs, claim) for claim in claims]
         return multiple(*(() if lost else attempts))
 

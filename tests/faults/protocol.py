@@ -38,10 +38,10 @@ class Protocol(Play):
 
     # ---- orchestrators --------------------------------------------------------------------------------------------
 
-    @initialize(target=turns, route=st.sampled_from(ROUTES))
-    def ask(self, route: Sequence[str]) -> str:
+    @initialize(target=turns, route=st.sampled_from(ROUTES), deadline=st.sampled_from((None, "far")))
+    def ask(self, route: Sequence[str], deadline: str | None = None) -> str:
         """A turn that is opened, told and submitted without any trouble."""
-        turn = self._new(SESSIONS[0], route)
+        turn = self._new(SESSIONS[0], route, deadline)
         self.wanted[turn.id] = turn
         self.see_to(turn.id)
         return turn.id
@@ -52,25 +52,29 @@ class Protocol(Play):
         session=st.sampled_from(SESSIONS),
         route=st.sampled_from(ROUTES),
         key=st.sampled_from(("", "", "again")),
-        deadline=st.sampled_from((None, None, "far", "past")),
+        deadline=st.sampled_from((None, "far", "far", "past")),
         batch=st.booleans(),
         whole=st.booleans(),
     )
     def open(self, session: str, route: Sequence[str], key: str, deadline: str | None, batch: bool, whole: bool) -> str:
         """Begin a turn; `whole`: and submit it."""
-        turn = self._new(session, route)
+        turn = self._new(session, route, deadline)
         turn.idempotency_key = key
         if batch:
             turn.job_class = JOB_CLASS_BATCH
-        if deadline:
-            turn.deadline.FromSeconds(1 if deadline == "past" else round(time.time()) + HOUR)
         self.wanted[turn.id] = turn
         self.open_turn(turn, READERS[0])
         if whole:
             self.see_to(turn.id)
         return turn.id
 
-    @rule(turn=turns, reader=st.sampled_from(READERS))
+    @rule(turn=turns, reader=st.sampled_from(READERS), takes=st.booleans())
+    def another_reader(self, turn: str, reader: str, takes: bool) -> None:
+        if takes:
+            self.take_over_reading(turn, reader)
+        else:
+            self.open_again(turn, reader)
+
     def open_again(self, turn: str, reader: str) -> None:
         """The answer was lost, or another connection asks for the same."""
         self.open_turn(self.wanted[turn], reader)
@@ -90,11 +94,13 @@ class Protocol(Play):
         for _ in range(1 + answers_lost):
             self.submit_turn(turn, self._token(turn) - old, worker)
 
-    @rule(turn=turns, reader=st.sampled_from(READERS))
-    def take_reader(self, turn: str, reader: str) -> None:
-        self.take_over_reading(turn, reader)
+    @rule(turn=turns, how=st.sampled_from(("cancelled", "failed", "expired", "expired but for its input", "deleted")))
+    def stop(self, turn: str, how: str) -> None:
+        if how in ("cancelled", "failed"):
+            self.end(turn, how == "failed")
+        else:
+            self.lose(turn, how)
 
-    @rule(turn=turns, failed=st.booleans())
     def end(self, turn: str, failed: bool) -> None:
         """Cancelled by its caller, or failed by its orchestrator."""
         call = self.journal.fail(turn, Failure(reason="LOST")) if failed else self.journal.cancel(turn)
@@ -102,7 +108,6 @@ class Protocol(Play):
         ended = found is not None and found.end(*(("error", "LOST") if failed else ("cancelled",)))
         demand(self.ground.run(call) == ended, "an end that", "came" if ended else "did not come")
 
-    @rule(turn=turns, how=st.sampled_from(("expired", "expired but for its input", "deleted")))
     def lose(self, turn: str, how: str) -> None:
         """A turn is forgotten, since nobody wrote for so long; or its session is deleted."""
         found = self.truth.living(turn)
@@ -145,15 +150,24 @@ class Protocol(Play):
         jobs = self.workers[stage, number]
         return self.taken(stage, jobs, self.ground.run(jobs.recover(count)), lost)
 
-    @rule(target=attempts, attempt=attempts, number=NUMBERS)
-    def take_over(self, attempt: Attempt, number: int) -> MultipleResults[Attempt]:
-        """A worker falls silent, and another goes on (or the same, thinking itself a new one)."""
+    @rule(target=attempts, attempt=attempts, number=NUMBERS, hours=st.sampled_from((0, 0, 2)))
+    def take_over(self, attempt: Attempt, number: int, hours: int = 0) -> MultipleResults[Attempt]:
+        """A worker falls silent, and another goes on, maybe hours later (or the same, thinking itself a new one)."""
+        if hours:
+            self.clock_jumps(hours=hours)
         if attempt.turn in self.truth.turns:
             self.fall_silent(attempt.turn, attempt.kind.name)
         jobs = self.workers[attempt.kind.name, number]
         return self.taken(attempt.kind.name, jobs, self.ground.run(jobs.recover(1)))
 
-    @rule(target=deliveries, pick=PICKS, number=NUMBERS, silent=st.booleans())
+    @rule(target=attempts, pick=PICKS, number=NUMBERS, chunks=st.integers(1, 2))
+    def serve(self, pick: int, number: int, chunks: int) -> MultipleResults[Attempt]:
+        """It takes what waits, and begins."""
+        attempts = self.sweep(pick=pick, number=number, count=3)
+        for attempt in attempts.values:
+            self.publish_chunks(attempt, range(attempt.at, min(attempt.at + chunks, len(attempt.chunks))))
+        return attempts
+
     def deliver(self, pick: int, number: int, silent: bool) -> Delivery:
         """A worker stops between taking entries and claiming them."""
         stage = self._stage(pick)
@@ -163,12 +177,14 @@ class Protocol(Play):
         call = self.wire.call("recover" if silent else "take", streams, [jobs._consumer, 3, last])
         return Delivery(jobs, stage, streams, self.ground.run(call))
 
-    @rule(target=deliveries, pick=PICKS, number=NUMBERS)
-    def deliver_twice(self, pick: int, number: int) -> MultipleResults[Delivery]:
-        """It stops there for so long that another takes the entries; neither has claimed them yet."""
-        first = self.deliver(pick=pick, number=number, silent=False)
+    @rule(target=deliveries, pick=PICKS, number=NUMBERS, silent=st.booleans(), twice=st.booleans())
+    def deliver_only(self, pick: int, number: int, silent: bool, twice: bool) -> MultipleResults[Delivery]:
+        """A worker stops there; `twice`: for so long that another takes the entries, and stops there too."""
+        first = self.deliver(pick, number, silent)
+        if not twice:
+            return multiple(first)
         self.all_silent()
-        return multiple(first, self.deliver(pick=pick, number=3 - number, silent=True))
+        return multiple(first, self.deliver(pick, 3 - number, True))
 
     @rule(target=attempts, delivery=deliveries)
     def claim_late(self, delivery: Delivery) -> MultipleResults[Attempt]:
@@ -224,15 +240,13 @@ class Protocol(Play):
 
     # ---- time and the server --------------------------------------------------------------------------------------
 
-    @rule(attempt=attempts, how=st.sampled_from(("both", "entry", "lease")))
+    @rule(attempt=attempts, how=st.sampled_from(("both", "entry", "lease", "all")))
     def silence(self, attempt: Attempt, how: str) -> None:
-        """The turn's worker gives no sign of life: its entry ages, its lease ends, or only one of them."""
-        if attempt.turn in self.truth.turns:
+        """The turn's worker gives no sign of life: its entry ages, its lease ends, or one of them; or nobody does."""
+        if how == "all":
+            self.all_silent()
+        elif attempt.turn in self.truth.turns:
             self.fall_silent(attempt.turn, attempt.kind.name, entry=how != "lease", lease=how != "entry")
-
-    @rule()
-    def silence_all(self) -> None:
-        self.all_silent()
 
     @rule(hours=st.sampled_from((2, -2)))
     def clock_jumps(self, hours: int) -> None:
@@ -258,11 +272,13 @@ class Protocol(Play):
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
-    def _new(self, session: str, route: Sequence[str]) -> Turn:
+    def _new(self, session: str, route: Sequence[str], deadline: str | None) -> Turn:
         number = len(self.wanted)
         turn = Turn(id=f"{session}.t{number}", session_id=session, seed=number)
         turn.route.extend(STAGES[name].number for name in route)
         turn.caller.tenant, turn.caller.key_id = "acme", "k1"
+        if deadline:
+            turn.deadline.FromSeconds(1 if deadline == "past" else round(time.time()) + HOUR)
         return turn
 
     def _token(self, turn: str) -> int:

@@ -84,7 +84,7 @@ def a_worker_takes_its_own_turn_over(stage: Stage) -> None:
 def a_worker_stops_between_delivery_and_claim(stage: Stage) -> None:
     stage.ask(route=TEXT)
     slow = stage.deliver(pick=0, number=1, silent=False)
-    stage.silence_all()
+    stage.all_silent()
     quick = stage.deliver(pick=0, number=2, silent=True)
     stage.compare()
     assert not stage.claim_late(delivery=slow).values
@@ -100,7 +100,7 @@ def a_copy_comes_late(stage: Stage) -> None:
     stage.compare()
     worker = stage.take(2)
     stage.say_all(worker)
-    stage.silence_all()
+    stage.all_silent()
     jobs = stage.workers["llm", 1]
     assert not stage.taken("llm", jobs, stage.ground.run(jobs.sweep(3))).values
 
@@ -133,7 +133,7 @@ def the_session_is_deleted_under_a_worker(stage: Stage) -> None:
     stage.say(llm)
     stage.lose(turn=turn, how="deleted")
     stage.compare()
-    stage.take_reader(turn=turn, reader="o2")
+    stage.take_over_reading(turn=turn, reader="o2")
     stage.open_again(turn=turn, reader="o1")
     stage.say(llm)
     stage.release(attempt=llm, answers_lost=1)
@@ -216,7 +216,7 @@ def orchestrators_disagree(stage: Stage) -> None:
     stage.append_input(turn=turn, start=1, count=2, old=False)
     stage.compare()
     token = stage.truth.turns[turn].token
-    stage.take_reader(turn=turn, reader="o2")
+    stage.take_over_reading(turn=turn, reader="o2")
     stage.append(turn, token, 2, 1)
     stage.submit_turn(turn, token, None)
     stage.compare()
@@ -235,7 +235,7 @@ def input_outlives_its_turn(stage: Stage) -> None:
     worker = stage.take()
     stage.lose(turn=turn, how="expired but for its input")
     stage.compare()
-    stage.take_reader(turn=turn, reader="o2")
+    stage.take_over_reading(turn=turn, reader="o2")
     stage.all_of(worker)
     stage.open_again(turn=turn, reader="o1")
     stage.compare()

@@ -1,4 +1,4 @@
-"""The tests test something: every deliberate fault of the scripts is noticed, by a scene and by the state machine."""
+"""Every deliberate fault of the scripts is noticed by a scene, those of the design by random examples too."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.faults.protocol import Protocol
 from tests.faults.scenes import SCENES, perform
 from tests.faults.truth import Violation
 
-EXAMPLES = 1000  # after which the state machine must have noticed
+EXAMPLES = 2000  # after which the state machine must have noticed
 
 
 def notices(scene, ground) -> bool:
@@ -29,7 +29,7 @@ def test_a_scene_notices(valkey_url, fault):
 
 @pytest.mark.faults
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("fault", [*DESIGNED, *FORGOTTEN], ids=str)
+@pytest.mark.parametrize("fault", DESIGNED, ids=str)
 def test_the_state_machine_notices(valkey_url, fault):
     with ground_at(valkey_url) as ground, broken(fault), pytest.raises(Violation):
         explore(Protocol, ground, asked()[0], EXAMPLES, shrink=False)

@@ -26,7 +26,7 @@ def test_a_faulty_ledger_is_noticed(valkey_url, fault):
 
 @pytest.mark.faults
 @pytest.mark.timeout(0)
-def test_many_examples(valkey_url):
+def test_many_examples(journal_url):
     seed, examples = asked()
-    with ground_at(valkey_url) as ground:
+    with ground_at(journal_url) as ground:
         explore(Admission, ground, seed, examples)

@@ -17,7 +17,7 @@ def test_promises_are_kept_whatever_comes(journal_url):
 
 @pytest.mark.faults
 @pytest.mark.timeout(0)
-def test_many_examples(valkey_url):
+def test_many_examples(journal_url):
     seed, examples = asked()
-    with ground_at(valkey_url) as ground:
+    with ground_at(journal_url) as ground:
         explore(Protocol, ground, seed, examples)

@@ -140,10 +140,10 @@ class TurnTruth:
         found.tries += 1
         demand(self.end("error", "GAVE_UP"), "given up after its end")
 
-    def too_late(self) -> None:
+    def too_late(self, stage: str) -> None:
         """Judge a turn that was dropped because of its deadline."""
-        waiting = [STAGES[name] for name, stage in self.stages.items() if stage.queued and not stage.done]
-        demand(any(self.dropped_at(kind) for kind in waiting), "dropped before its deadline, or after it had begun")
+        demand(self.waits_for(stage), "dropped in a stage that it does not wait for")
+        demand(self.dropped_at(STAGES[stage]), "dropped before its deadline, or after it had begun")
         demand(self.end("error", "DEADLINE_EXCEEDED"), "dropped after its end")
 
     def dropped_at(self, kind: StageKind) -> bool:
