@@ -83,9 +83,9 @@ def a_worker_takes_its_own_turn_over(stage: Stage) -> None:
 
 def a_worker_stops_between_delivery_and_claim(stage: Stage) -> None:
     stage.ask(route=TEXT)
-    slow = stage.deliver(pick=0, number=1, silent=False)
+    slow = stage.deliver(pick=0, number=2, silent=False)
     stage.all_silent()
-    quick = stage.deliver(pick=0, number=2, silent=True)
+    quick = stage.deliver(pick=0, number=1, silent=True)
     stage.compare()
     assert not stage.claim_late(delivery=slow).values
     [new] = stage.claim_late(delivery=quick).values
