@@ -9,7 +9,10 @@ from benchmarks.fleet import ZERO, Plan, Timing, run, running
 from benchmarks.load import Load, Results, drive, floor, percentiles
 from benchmarks.wire import Counts, traffic
 
-pytestmark = pytest.mark.unit
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+]  # whole services, several times: by hand, pytest -m e2e tests/benchmarks
 
 TURNS, CALLERS = 4, 2
 
