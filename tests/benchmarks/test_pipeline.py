@@ -9,7 +9,7 @@ from benchmarks.fleet import ZERO, Plan, Timing, run, running
 from benchmarks.load import Load, Results, drive, floor, percentiles
 from benchmarks.wire import Counts, traffic
 
-pytestmark = [
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # starts whole services: by hand
     pytest.mark.e2e,
     pytest.mark.timeout(600),
 ]  # whole services, several times: by hand, pytest -m e2e tests/benchmarks
