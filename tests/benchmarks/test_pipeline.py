@@ -10,9 +10,6 @@ from benchmarks.load import Load, Results, drive, floor, percentiles
 from benchmarks.wire import Counts, traffic
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # starts whole services: by hand
-    pytest.mark.e2e,
-    pytest.mark.timeout(600),
-]  # whole services, several times: by hand, pytest -m e2e tests/benchmarks
 
 TURNS, CALLERS = 4, 2
 
