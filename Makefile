@@ -47,7 +47,7 @@ e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 EXAMPLES ?= 2000
 
-faults: $(STAMP)  ## random examples against the stream protocol, and deliberate faults in it: half an hour; SEED= finds a run again
+faults: $(STAMP)  ## random examples against the stream protocol, and deliberate faults in it: a quarter of an hour; SEED= finds a run again
 	@echo "seed $(SEED), $(EXAMPLES) examples; the same again: make faults SEED=$(SEED) EXAMPLES=$(EXAMPLES)"
 	KIMIA_FAULT_SEED=$(SEED) KIMIA_FAULT_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults
 
