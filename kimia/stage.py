@@ -23,6 +23,8 @@ from kimia.v1.turn_pb2 import (
     Turn,
 )
 
+CODE_SECONDS = 0.08  # of speech in one semantic token: 12.5 Hz, kimia.model.prompt.TOKEN_RATE (which needs torch)
+
 Log: TypeAlias = Literal["input", "encoded", "tokens", "audio"]
 
 

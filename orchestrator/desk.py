@@ -91,6 +91,8 @@ class Desk:
             yield last_event(following, head, settled.codes)
         finally:
             self._followers[turn_id] -= 1
+            if not self._followers[turn_id]:
+                del self._followers[turn_id]  # a Counter keeps what has come to nought
 
     async def drop(self, session_id: str) -> None:
         """Delete a conversation of one request, and give its rows back."""

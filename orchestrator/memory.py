@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kimia.clips import wanted_sounds
-from kimia.stage import DETOKENIZER, LLM, TOKENIZER, StageKind
+from kimia.stage import CODE_SECONDS, DETOKENIZER, LLM, TOKENIZER, StageKind
 from kimia.v1.audio_pb2 import Clip
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT, ROLE_ASSISTANT, Message, Spoken, Text, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import Chunk, Step, Turn
 
-CODE_MS = 80  # of speech in one semantic token
+CODE_MS = round(CODE_SECONDS * 1000)
 REMEMBERED_TURNS = 64  # ids of turns that a session keeps, beside those whose sounds it remembers
 
 # ---- clips ------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ class Turns:
 
         Raises NotFoundError; StateError for a turn that is only collecting.
         """
-        end = time.monotonic() + STARTING_SECONDS
+        latest = time.monotonic() + STARTING_SECONDS
         while True:
             head = await patiently(lambda: self.journal.head(turn_id))
             if head.state != "open":
@@ -248,7 +248,7 @@ class Turns:
             record, _ = await patiently(lambda: self.journal.load_session(keys.session_of(turn_id)))
             if record.running_turn_id != turn_id:
                 raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
-            if time.monotonic() > end:
+            if time.monotonic() > latest:
                 with suppress(StateError):  # fenced off: somebody else is at it
                     await self._submit_again(record)
             await asyncio.sleep(STARTING_PAUSE)
@@ -272,8 +272,8 @@ class Turns:
         written = await patiently(lambda: self.journal.read(turn.id, "input"))
         last = []
         if written and not written[-1].final:
-            end = InputAudio(clip=written[-1].input.clip, clip_end=True)
-            last = [Chunk(index=len(written), final=True, input=end)]
+            clip_end = InputAudio(clip=written[-1].input.clip, clip_end=True)
+            last = [Chunk(index=len(written), final=True, input=clip_end)]
         log.warning("turn submitted again", turn=turn.id)
         await self._submit(turn, opened, last)
 

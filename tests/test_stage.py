@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 
+from kimia.model.prompt import TOKEN_RATE
 from kimia.runtime.fake import FakeDetokenizer, FakeLanguageModel, FakeTokenizer
-from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER, Stage, route_of
+from kimia.stage import CODE_SECONDS, DETOKENIZER, LLM, STAGES, TOKENIZER, Stage, route_of
 from kimia.v1.turn_pb2 import (
     STAGE_NAME_DETOKENIZER,
     STAGE_NAME_LLM,
@@ -23,6 +24,10 @@ def test_every_stage_of_the_contract_is_there():
     assert [StageName.Name(kind.number) for kind in STAGES.values()] == [
         f"STAGE_NAME_{name.upper()}" for name in STAGES
     ]
+
+
+def test_a_code_is_as_long_as_the_model_says():
+    assert CODE_SECONDS == 1 / TOKEN_RATE
 
 
 def test_each_stage_reads_what_the_one_before_writes():

@@ -34,7 +34,7 @@ from kimia.client.connection import (
 )
 from kimia.client.events import Answer, Ended, Event
 from kimia.client.options import TurnSettings
-from kimia.client.progress import TurnProgress
+from kimia.client.progress import TurnProgress, TurnView
 from kimia.client.requests import (
     INSTRUCTION,
     CallSettings,
@@ -175,7 +175,7 @@ class AsyncKimia:
         return KimiAudioStub(self._open_channel())
 
 
-class AsyncTurn:
+class AsyncTurn(TurnView):
     """One answer: iterate over its events once, or collect() it. `text` and `pcm` grow meanwhile."""
 
     def __init__(
@@ -192,21 +192,6 @@ class AsyncTurn:
         self._request = request
         self._patience = Patience(options)
         self._deadline = Deadline(options.timeout)
-
-    @property
-    def turn_id(self) -> str:
-        """Names the turn, from its first event on."""
-        return self.progress.turn_id
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return self.progress.text
-
-    @property
-    def pcm(self) -> bytes:
-        """The speech so far, in the output format."""
-        return self.progress.pcm
 
     async def collect(self) -> Answer:
         """Everything that is left of the turn, together. Raises the turn's error."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import grpc
 import grpc.aio
 
-from kimia.client.calling import CallState
+from kimia.client.calling import CallerSide, CallState
 from kimia.client.connection import ClientOptions, Patience
 from kimia.client.events import Answer, Ended, Event
-from kimia.client.options import Options
 from kimia.client.progress import TurnProgress
 from kimia.errors import InternalError, KimiaError, StateError
 from kimia.v1 import kimi_audio_pb2 as pb
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.ConverseRequest, pb.ConverseResponse]"
 
 
-class AsyncCall:
+class AsyncCall(CallerSide):
     """One call. Send as the caller speaks, iterate over what comes back; both at once, from any tasks of one loop.
 
     Entering connects; leaving hangs up. Events of a turn end with TurnDone, TurnCancelled or TurnFailed; iteration
@@ -71,40 +70,7 @@ class AsyncCall:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    @property
-    def session_id(self) -> str:
-        """The session, to come back to."""
-        return self.state.session_id
-
     # ---- what the caller does ----
-
-    def send_audio(self, data: bytes) -> None:
-        """Sound in the input format, whole samples; cut into pieces of 100 ms."""
-        self._do(lambda: self.state.audio(data))
-
-    def send_text(self, text: str) -> None:
-        """Text of the caller, at its place between the sounds."""
-        self._do(lambda: self.state.text(text))
-
-    def say(self, text: str, **options: Unpack[Options]) -> None:
-        """Speak a text."""
-        self._do(lambda: self.state.say(text, options))
-
-    def commit(self, output_type: str | None = None, **options: Unpack[Options]) -> None:
-        """The caller has finished: answer. What is not given is as the call was set up."""
-        self._do(lambda: self.state.commit(output_type, options))
-
-    def clear(self) -> None:
-        """Forget sound and text that were not committed."""
-        self._do(self.state.clear)
-
-    def cancel(self, heard_ms: int | None = None) -> None:
-        """Stop the running turn, of which the caller has heard so much (None: what playback() said last)."""
-        self._do(lambda: self.state.cancel(heard_ms))
-
-    def playback(self, heard_ms: int) -> None:
-        """How far the caller has heard the running turn."""
-        self._do(lambda: self.state.playback(heard_ms))
 
     def finish(self) -> None:
         """Nothing more will be sent; iteration ends after the turns that run."""

@@ -8,13 +8,14 @@ text until sound after it was acknowledged or the turn that took it along has st
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Unpack
 
 from kimia.client.events import Ended, Event, TurnFailed
-from kimia.client.options import SAMPLE_BYTES, encoding_name, turn_options
+from kimia.client.options import SAMPLE_BYTES, Options, encoding_name, turn_options
 from kimia.client.progress import TurnProgress
 from kimia.client.requests import check_text, new_key
 from kimia.errors import KimiaError, ParameterError
@@ -225,3 +226,46 @@ class CallState:
 
 def _starts_a_turn(request: pb.ConverseRequest) -> bool:
     return request.WhichOneof("content") in ("commit", "say")
+
+
+class CallerSide(ABC):
+    """What a caller may do in a call: the same for both clients, which differ in how it is sent."""
+
+    state: CallState
+
+    @abstractmethod
+    def _do(self, action: Callable[[], None]) -> None:
+        """Change the state and send what follows from it. Raises StateError when nothing can be sent."""
+
+    @property
+    def session_id(self) -> str:
+        """The session, to come back to."""
+        return self.state.session_id
+
+    def send_audio(self, data: bytes) -> None:
+        """Sound in the input format, whole samples; cut into pieces of 100 ms."""
+        self._do(lambda: self.state.audio(data))
+
+    def send_text(self, text: str) -> None:
+        """Text of the caller, at its place between the sounds."""
+        self._do(lambda: self.state.text(text))
+
+    def say(self, text: str, **options: Unpack[Options]) -> None:
+        """Speak a text."""
+        self._do(lambda: self.state.say(text, options))
+
+    def commit(self, output_type: str | None = None, **options: Unpack[Options]) -> None:
+        """The caller has finished: answer. What is not given is as the call was set up."""
+        self._do(lambda: self.state.commit(output_type, options))
+
+    def clear(self) -> None:
+        """Forget sound and text that were not committed."""
+        self._do(self.state.clear)
+
+    def cancel(self, heard_ms: int | None = None) -> None:
+        """Stop the running turn, of which the caller has heard so much (None: what playback() said last)."""
+        self._do(lambda: self.state.cancel(heard_ms))
+
+    def playback(self, heard_ms: int) -> None:
+        """How far the caller has heard the running turn."""
+        self._do(lambda: self.state.playback(heard_ms))

@@ -12,8 +12,6 @@ from kimia.errors import KimiaError
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.turn_pb2 import StageName, StopReason
 
-CODE_SECONDS = 0.08  # a semantic token is 80 ms of speech
-
 
 @dataclass(frozen=True)
 class TurnStarted:

@@ -171,3 +171,24 @@ class TurnProgress:
     def _mark(self, name: str) -> None:
         if getattr(self.times, name) is None:
             self.times = replace(self.times, **{name: self.clock() - self.begun})
+
+
+class TurnView:
+    """What of a turn has come so far, for whoever iterates over it."""
+
+    progress: TurnProgress
+
+    @property
+    def turn_id(self) -> str:
+        """Names the turn, from its first event on."""
+        return self.progress.turn_id
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self.progress.text
+
+    @property
+    def pcm(self) -> bytes:
+        """The speech so far, in the output format."""
+        return self.progress.pcm

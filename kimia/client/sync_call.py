@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from threading import Condition
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from kimia.client.calling import CallState
+from kimia.client.calling import CallerSide, CallState
 from kimia.client.connection import ClientOptions, Patience
 from kimia.client.events import Answer, Ended, Event
-from kimia.client.options import Options
 from kimia.errors import InternalError, KimiaError, StateError
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from kimia.client.sync import Kimia
 
 
-class Call:
+class Call(CallerSide):
     """One call. Send from any thread, iterate over what comes back in one.
 
     Entering connects; leaving hangs up. What is sent goes out at once, by gRPC's own thread; a lost connection is
@@ -57,40 +56,7 @@ class Call:
     ) -> None:
         self._hang_up()
 
-    @property
-    def session_id(self) -> str:
-        """The session, to come back to."""
-        return self.state.session_id
-
     # ---- what the caller does ----
-
-    def send_audio(self, data: bytes) -> None:
-        """Sound in the input format, whole samples; cut into pieces of 100 ms."""
-        self._do(lambda: self.state.audio(data))
-
-    def send_text(self, text: str) -> None:
-        """Text of the caller, at its place between the sounds."""
-        self._do(lambda: self.state.text(text))
-
-    def say(self, text: str, **options: Unpack[Options]) -> None:
-        """Speak a text."""
-        self._do(lambda: self.state.say(text, options))
-
-    def commit(self, output_type: str | None = None, **options: Unpack[Options]) -> None:
-        """The caller has finished: answer. What is not given is as the call was set up."""
-        self._do(lambda: self.state.commit(output_type, options))
-
-    def clear(self) -> None:
-        """Forget sound and text that were not committed."""
-        self._do(self.state.clear)
-
-    def cancel(self, heard_ms: int | None = None) -> None:
-        """Stop the running turn, of which the caller has heard so much (None: what playback() said last)."""
-        self._do(lambda: self.state.cancel(heard_ms))
-
-    def playback(self, heard_ms: int) -> None:
-        """How far the caller has heard the running turn."""
-        self._do(lambda: self.state.playback(heard_ms))
 
     def finish(self) -> None:
         """Nothing more will be sent; iteration ends after the turns that run."""

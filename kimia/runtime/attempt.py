@@ -13,7 +13,7 @@ from kimia.runtime.local import close
 from kimia.runtime.logs import bound_turn, get_logger
 from kimia.runtime.metrics import FIRST_CHUNK, REAL_TIME_FACTOR, STAGE_LATENCY
 from kimia.runtime.publisher import Publisher
-from kimia.stage import LLM, TOKENIZER, Stage
+from kimia.stage import CODE_SECONDS, LLM, TOKENIZER, Stage
 from kimia.status import to_failure
 from kimia.streams import keys
 from kimia.streams.blobs import Blobs
@@ -22,7 +22,6 @@ from kimia.streams.jobs import Claim, Jobs, Outcome
 from kimia.streams.patience import CANCEL_AGAIN, Patience, end
 from kimia.v1.turn_pb2 import Chunk
 
-CODE_SECONDS = 0.08
 SAMPLE_BYTES = 2
 
 # How an attempt ends, besides the terminal states of a turn (done, cancelled, error).

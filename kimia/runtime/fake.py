@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kimia.errors import AudioError, ParameterError
-from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER, Stage, StageKind
+from kimia.stage import CODE_SECONDS, DETOKENIZER, LLM, STAGES, TOKENIZER, Stage, StageKind
 from kimia.v1.audio_pb2 import ENCODING_ALAW, ENCODING_MULAW, ENCODING_PCM_F32LE, AudioFormat
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT
 from kimia.v1.turn_pb2 import (
@@ -39,7 +39,7 @@ from kimia.v1.turn_pb2 import (
 )
 
 SAMPLE_RATE = 24000  # Hz
-CODE_SAMPLES = 1920  # samples of one semantic token, 80 ms
+CODE_SAMPLES = round(SAMPLE_RATE * CODE_SECONDS)  # of one semantic token
 CODES = 16384
 TOKEN_OFFSET = 152064  # id of code 0 on the audio track, as in the released checkpoint
 BLANK, TEXT_EOS, MSG_END = 151666, 151667, 151645

@@ -31,6 +31,14 @@ async def test_a_turn_is_settled_before_its_end_is_told(world):
     assert kinds(events)[-1] == "done"
 
 
+async def test_nothing_is_kept_of_turns_that_were_told(world):
+    desk = (await world.begin()).desk
+    turn = await started(desk)
+    async for _ in desk.told(await desk.turns.follow(turn.id, "default", Position())):
+        assert desk._followers == {turn.id: 1}
+    assert len(desk._followers) == 0
+
+
 async def test_what_lingers_is_dropped_when_the_window_has_passed(world):
     desk = (await world.begin(window=0.05)).desk
     turn = await started(desk)

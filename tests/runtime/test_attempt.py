@@ -127,6 +127,27 @@ async def test_it_stops_within_one_chunk(answer, expected):
     assert journal.said == []
 
 
+async def test_the_next_chunk_is_computed_while_the_last_one_is_published():
+    class Ahead(FakeLanguageModel):
+        computed = asyncio.Event()  # the second chunk
+
+        async def run(self, turn, inbox, published=()):
+            async for chunk in super().run(turn, inbox, published):
+                if chunk.index == 1:
+                    self.computed.set()
+                yield chunk
+
+    class Slow(Journal):
+        async def publish(self, claim, chunk):
+            if chunk.index == 0:
+                await Ahead.computed.wait()  # for ever, were one done after the other
+            return await super().publish(claim, chunk)
+
+    journal = Slow()
+    assert await outcome(attempt_of(journal, Ahead(FakeTiming(steps=12)))) == "done"
+    assert journal.sent == list(range(12))
+
+
 class Waiting(FakeLanguageModel):
     """Gives one chunk and waits; swallows so many cancellations."""
 
