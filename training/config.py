@@ -8,14 +8,18 @@ only widths, depths and the segment shrink, until the whole folder is below 40 M
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from kimia.model import layout
 from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
 from kimia.model.checkpoint_presets import Preset, text_files
+from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.consistency import ModelConfigs, read_configs
 from training.vocabulary import domain_tokens, tiktoken_lines
 
@@ -99,16 +103,30 @@ def _write(root: Path, files: dict[PurePosixPath, str]) -> Checkpoint:
     return Checkpoint(root, root / VQ_TOKENIZER)
 
 
-def micro_configs() -> ModelConfigs:
+@dataclass(frozen=True)
+class MicroConfigs(ModelConfigs):
+    """A micro checkpoint speaks: the detokenizer's configs are always there."""
+
+    flow: FlowConfig
+    vocoder: VocoderConfig
+
+
+def micro_configs() -> MicroConfigs:
     """The configs, read and cross-checked as those of any checkpoint are."""
     with TemporaryDirectory() as folder:
-        return read_configs(_write(Path(folder), config_files()))
+        configs = read_configs(_write(Path(folder), config_files()))
+    return MicroConfigs(**{each.name: getattr(configs, each.name) for each in fields(configs)})
 
 
-def weight_bytes(configs: ModelConfigs) -> dict[str, int]:
+def trainer_configs() -> MicroConfigs:
+    """The configs for a trainer: its draws are the same in every run, and it takes one thread of a shared machine."""
+    torch.manual_seed(1)
+    torch.set_num_threads(1)
+    return micro_configs()
+
+
+def weight_bytes(configs: MicroConfigs) -> dict[str, int]:
     """Bytes of each part's weights as stored."""
-    assert configs.flow is not None
-    assert configs.vocoder is not None
     layouts = {
         "lm": layout.language_model(configs.lm),
         "whisper": layout.whisper_encoder(configs.whisper),

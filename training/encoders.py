@@ -23,7 +23,7 @@ from kimia.model.checkpoint import SINGLE_FILE, Stored
 from kimia.model.config import EncoderConfig, FeatureConfig
 from kimia.model.whisper import WhisperFeatures
 from kimia.model.writing import write_safetensors
-from training.config import micro_configs
+from training.config import trainer_configs
 from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
 from training.hearing import (
     EVENTS,
@@ -118,9 +118,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="clips of the speaker, and as many of callers")
     parser.add_argument("--taught-every", type=int, default=TAUGHT_EVERY, help="clips, of which the teacher hears one")
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    configs = micro_configs()
+    configs = trainer_configs()
     training = EncoderTraining(configs.whisper, configs.whisper_features)
     clips = balanced(load_clips(options.corpus, "train"), options.limit)
     hearing = Hearing(clips, load_teacher(), configs.whisper_features, configs, 2, options.taught_every)

@@ -29,7 +29,7 @@ from kimia.model.flow import COMMIT_TIME, TIME_SCALE
 from kimia.model.layout import FLOW_PREFIX
 from kimia.model.writing import write_torch
 from training.codebook import Recipe as VQRecipe
-from training.config import micro_configs
+from training.config import trainer_configs
 from training.corpus import load_clips
 from training.loop import Loop, Plan, averaged_weights
 from training.speaking import FRAMES_PER_TOKEN, Speaking, Spoken
@@ -178,11 +178,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--seconds", type=float, default=math.inf)
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    configs = micro_configs()
-    assert configs.flow is not None
-    assert configs.vocoder is not None
+    configs = trainer_configs()
     vq = VQTraining(configs.vq, configs.vq_features, configs.flow, VQRecipe(0))
     averaged_weights(options.tokenizer, vq)
     clips = load_clips(options.corpus, "train", SPEAKER.name)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from kimia.model.audio import LogMel
 from kimia.model.bigvgan import mel_spectrogram
 from kimia.model.config import FeatureConfig
-from kimia.model.consistency import ModelConfigs
 from training.augment import CALLER, GENTLE, Chances, augmented
+from training.config import MicroConfigs
 from training.corpus import Clip
 from training.scores import BLANK, letter_ids
 from training.sounds import SOUNDS, sound
@@ -69,12 +69,10 @@ class Hearing:
         clips: Sequence[Clip],
         teacher: Teacher | None,
         features: FeatureConfig,
-        configs: ModelConfigs,
+        configs: MicroConfigs,
         seed: int,
         taught_every: int = TAUGHT_EVERY,
     ) -> None:
-        assert configs.flow is not None
-        assert configs.vocoder is not None
         self.clips = sorted(clips, key=lambda clip: clip.tokens)
         self.teacher, self.vocoder, self.flow, self.seed = teacher, configs.vocoder, configs.flow, seed
         self.taught_every = taught_every

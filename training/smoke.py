@@ -17,13 +17,12 @@ from torch import nn
 
 from kimia.errors import ConfigError
 from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
-from kimia.model.consistency import ModelConfigs
 from kimia.model.detokenize import Detokenizer
 from kimia.model.encode import AudioEncoder
 from kimia.model.lm import load_lm
 from kimia.model.text import TextTokenizer
 from training.codebook import Recipe
-from training.config import LIMIT_BYTES, micro_configs, write_configs
+from training.config import LIMIT_BYTES, MicroConfigs, trainer_configs, write_configs
 from training.corpus import TOKEN_SAMPLES, Clip, Item
 from training.encoders import EncoderTraining, write_encoder
 from training.flow import FlowTraining, write_flow
@@ -52,7 +51,7 @@ class Smoke:
     """One run of everything, in a folder."""
 
     folder: Path
-    configs: ModelConfigs
+    configs: MicroConfigs
     steps: int
 
     def loop(self, name: str, module: nn.Module, losses: LossOf) -> None:
@@ -64,8 +63,6 @@ class Smoke:
     def run(self) -> Checkpoint:
         """Train every stage, write the folder, load it strictly."""
         configs, root = self.configs, self.folder / "micro"
-        assert configs.flow is not None
-        assert configs.vocoder is not None
         checkpoint = write_configs(root)
         clips = [tones((SPEAKER.name, "flite-slt")[n % 2], TEXTS[n % 4], 6 + n % 4, n) for n in range(8)]
         speaker = [clip for clip in clips if clip.item.voice == SPEAKER.name]
@@ -107,7 +104,7 @@ class Smoke:
         write_language_model(root, language)
 
 
-def load_all(checkpoint: Checkpoint, configs: ModelConfigs) -> int:
+def load_all(checkpoint: Checkpoint, configs: MicroConfigs) -> int:
     """Load every part of a folder strictly. Bytes on disk."""
     AudioEncoder.load(checkpoint, configs.lm.adaptor_input_dim, "cpu", torch.float32)
     load_lm(checkpoint.root, device="cpu", dtype=torch.float32)
@@ -121,10 +118,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, help="keep the folder here")
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        smoke = Smoke(options.out or Path(scratch), micro_configs(), options.steps)
+        smoke = Smoke(options.out or Path(scratch), trainer_configs(), options.steps)
         size = load_all(smoke.run(), smoke.configs)
         print(f"loads strictly: {size / 1e6:.1f} MB of {LIMIT_BYTES / 1e6:.0f}")
         if size > LIMIT_BYTES:

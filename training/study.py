@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kimia.errors import ParameterError
 from kimia.model.vq import pool
 from training.codebook import CodeTraining, Recipe, Weights, judge
-from training.config import micro_configs
+from training.config import trainer_configs
 from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing
 from training.listening import griffin_lim, word_errors
@@ -80,11 +80,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--listen", type=int, default=0, help="clips of the speaker that the judge listens to")
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    configs = micro_configs()
-    assert configs.flow is not None
-    assert configs.vocoder is not None
+    configs = trainer_configs()
     recipe = Recipe(options.continuous, 16, Weights(mel=options.mel))
     width = configs.vq.encoder.d_model
     training = TaughtCodes(configs.vq.codebook_size, width, configs.flow.mel_bins, recipe)

@@ -27,7 +27,7 @@ from kimia.model.checkpoint import ARCHIVE, Source, Stored
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.random_weights import _lowpass
 from kimia.model.writing import write_torch
-from training.config import micro_configs
+from training.config import trainer_configs
 from training.corpus import load_clips
 from training.loop import Loop, Plan, averaged_weights
 from training.speaking import Speaking, Spoken
@@ -141,11 +141,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--seconds", type=float, default=math.inf)
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    configs = micro_configs()
-    assert configs.flow is not None
-    assert configs.vocoder is not None
+    configs = trainer_configs()
     clips = load_clips(options.corpus, "train", SPEAKER.name)
     speaking = Speaking(clips, None, configs.flow, configs.vocoder, seed=4)
     training = VocoderTraining(configs.vocoder, configs.flow)

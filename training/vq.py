@@ -20,7 +20,7 @@ from kimia.model.config import FeatureConfig, FlowConfig, VQConfig
 from kimia.model.vq import VQTokenizer
 from kimia.model.writing import write_safetensors
 from training.codebook import CodeTraining, Recipe, Weights, judge
-from training.config import micro_configs
+from training.config import trainer_configs
 from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
 from training.hearing import FRAMES_PER_TOKEN, TAUGHT_EVERY, Batch, Hearing, lesson_loss
 from training.initial import initialise
@@ -94,11 +94,7 @@ def main() -> None:
     parser.add_argument("--taught-every", type=int, default=TAUGHT_EVERY, help="clips, of which the teacher hears one")
     parser.add_argument("--judge-only", action="store_true")
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    configs = micro_configs()
-    assert configs.flow is not None
-    assert configs.vocoder is not None
+    configs = trainer_configs()
     recipe = Recipe(options.continuous, options.batch, Weights(mel=options.mel), bfloat16=options.bfloat16)
     training = VQTraining(configs.vq, configs.vq_features, configs.flow, recipe)
     if options.start is not None:
