@@ -1,7 +1,8 @@
 """Stalls of the machine: a process of its own that wants to wake up every millisecond, and notes how late it is.
 
 On a machine whose cores are all busy with the benchmark itself it is late as well; what it tells apart is a host that
-takes its cores away.
+takes its cores away. Each lateness of more than LIMITS[0] is kept with its times, on the monotonic clock, which all
+processes of the machine share.
 """
 
 from __future__ import annotations
@@ -41,19 +42,23 @@ def main() -> None:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     worst, ticks = 0.0, 0
+    stalls: list[tuple[float, float]] = []  # begin and end
     over = dict.fromkeys(LIMITS, 0)
     print("ticking", flush=True)
     begun = time.perf_counter()
     while not stopped:
-        before = time.perf_counter()
+        due = time.perf_counter() + TICK
         time.sleep(TICK)
-        late = 1e3 * (time.perf_counter() - before - TICK)
+        now = time.perf_counter()
+        late = 1e3 * (now - due)
+        if late > LIMITS[0]:
+            stalls.append((due, now))
         worst, ticks = max(worst, late), ticks + 1
         for limit in LIMITS:
             over[limit] += late > limit
     seconds = time.perf_counter() - begun
     counts = {f"over_{limit}_ms": count for limit, count in over.items()}
-    print(json.dumps({"seconds": seconds, "ticks": ticks, "worst_ms": worst, **counts}))
+    print(json.dumps({"seconds": seconds, "ticks": ticks, "worst_ms": worst, **counts, "intervals": stalls}))
 
 
 if __name__ == "__main__":
