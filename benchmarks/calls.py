@@ -4,6 +4,7 @@
     python -m benchmarks.calls run --callers 8 --model DIR             # real stages, with `kimia up --model DIR`
     python -m benchmarks.calls run --callers 8 --server HOST:PORT      # any running service
     python -m benchmarks.calls soak --callers 32 --capacity 40 --minutes 30 --out soak.json --plot soak.svg
+    python -m benchmarks.calls run --callers 16 --replicas 2 --minutes 10 --kills 100        # who dies, by --seed
     python -m benchmarks.calls soak --load 2.0 --capacity 40 --minutes 10       # twice the capacity
 
 print tables. `run` reports what callers hear, `soak` also how memory grows and which keys are left in the store when
@@ -35,6 +36,7 @@ from typing import Any
 from benchmarks.callers import Habits, Spec, calling
 from benchmarks.fleet import GPU, STAGES
 from benchmarks.hearing import hear
+from benchmarks.kills import Death, draw, killing
 from benchmarks.pipeline import machine, say
 from benchmarks.service import Service, up
 from benchmarks.stalls import LIMITS, watched
@@ -54,13 +56,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kimia-calls-")))
         begun = time.monotonic()
         with watched() as stalls:
-            watch = _run(args, service, folder)
+            watch, deaths = _run(args, service, folder)
         seconds = time.monotonic() - begun
         report = {
             "machine": {**machine(), "load_average": os.getloadavg()[0]},
             "setting": _setting(args),
             "seconds": seconds,
-            **hear(_records(folder), stalls.pop("intervals"), begun),
+            **hear(_records(folder), stalls.pop("intervals"), begun, deaths),
             "stalls": dict(stalls),
             "processes": watch.report(),
             "memory": _memory(watch, begun),
@@ -86,15 +88,17 @@ def _service(args: argparse.Namespace) -> Iterator[Service]:
         yield service
 
 
-def _run(args: argparse.Namespace, service: Service, folder: Path) -> Watch:
-    """Callers from the first to the last; what was sampled meanwhile."""
+def _run(args: argparse.Namespace, service: Service, folder: Path) -> tuple[Watch, list[Death]]:
+    """Callers from the first to the last; what was sampled, and who was killed meanwhile."""
     count = callers_of(args)
     specs = [
         Spec(service.address, range(first, count, args.processes), 60 * args.minutes, args.seed)
         for first in range(args.processes)
     ]
     say(f"{count} callers in {args.processes} processes for {args.minutes:g} min")
-    with calling(specs, folder) as callers:
+    every = 60 * args.minutes / max(args.kills, 1)
+    kills = draw(args.seed, args.kills, every)
+    with calling(specs, folder) as callers, killing(kills, service.processes) as deaths:
         own = {f"callers.{number}": process.pid or 0 for number, process in enumerate(callers, 1)}
         watch = Watch(lambda: {**service.processes(), **own}, service.redis_url)
         deadline = time.monotonic() + 60 * args.minutes + LONGEST_CALL
@@ -105,7 +109,7 @@ def _run(args: argparse.Namespace, service: Service, folder: Path) -> Watch:
             time.sleep(SAMPLE_SECONDS)
         if failed := [process.exitcode for process in callers if process.exitcode]:
             raise RuntimeError(f"callers ended with exit codes {failed}")
-    return watch
+    return watch, deaths
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -163,6 +167,7 @@ def show(report: Mapping[str, Any]) -> None:
     reserve = report["reserve_ms"]
     print(f"{'reserve, ms':24}{reserve['n']:7}" + " ".join(f"  {k}{_cell(reserve[k])}" for k in ("p1", "p5", "p50")))
     _show_silence(report)
+    _show_deaths(report.get("deaths", {}))
     _show_processes(report)
     for reason, count in Counter(report["failures"]).most_common(5):
         print(f"failed {count} times: {reason}")
@@ -186,6 +191,14 @@ def _show_silence(report: Mapping[str, Any]) -> None:
     counts = ", ".join(f"{stalls[f'over_{limit}_ms']} over {limit} ms" for limit in LIMITS)
     print(f"stalls of the machine: {counts}, worst {stalls['worst_ms']:.0f} ms")
     print(f"late ticks of the callers: {callers['late_ticks']}, worst {callers['worst_tick_ms']:.0f} ms")
+
+
+def _show_deaths(deaths: Mapping[str, Any]) -> None:
+    for name, row in deaths.items():
+        wait = row["wait_ms"]
+        cells = "".join(f"  {key}{_cell(wait[key])}" for key in ("p50", "p95", "worst"))
+        dry = f"underrun {row['underrun_seconds']:.3f} s, unexplained {row['unexplained_seconds']:.3f} s"
+        print(f"killed, {name:15} {wait['n']:5} answers, ms to the next piece:{cells}; {dry}")
 
 
 def _percent(value: float | None) -> str:
@@ -217,6 +230,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--capacity", type=int, default=40, help="rows of each stage, all replicas together (40)")
     parser.add_argument("--replicas", type=int, default=1, help="processes of each stage (1)")
     parser.add_argument("--minutes", type=float, default=2.0, help="after which nobody calls again (2)")
+    parser.add_argument("--kills", type=int, default=0, help="of processes, spread over parts and time by --seed (0)")
     parser.add_argument("--processes", type=int, default=1, help="of callers (1)")
     parser.add_argument("--seed", type=int, default=1, help="of all that callers do (1)")
     parser.add_argument("--model", metavar="DIR", help="real stages of this model instead of fakes")
@@ -235,9 +249,9 @@ def main(words: Sequence[str] | None = None) -> None:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(report)
     if args.plot:
-        from benchmarks.calls_chart import draw
+        from benchmarks.calls_chart import draw as draw_chart
 
-        draw(report, args.plot)
+        draw_chart(report, args.plot)
 
 
 if __name__ == "__main__":

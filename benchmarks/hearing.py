@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kills import Death
 from benchmarks.player import Dry, Interval, played, unexplained, union, within
 
 PERCENTILES = (50, 95, 99)
 LOW_PERCENTILES = (1, 5, 50)
 SHOWN_STALL = 0.02  # seconds of a stall that is kept one by one
 GAP_EDGES = np.geomspace(1.0, 20000.0, 60)  # ms
+LEAD_SECONDS = 3.5  # a lease of 2 s, up to half of it until somebody looks, and half a second to rebuild
+BEFORE, EARLY, BUILT = "before speech", "lead not built", "lead built"
 
 Record = Mapping[str, Any]
 
@@ -34,7 +37,9 @@ class Silence:
         return {"at": self.dry.begin - begun, "turn": self.turn_id, **seconds}
 
 
-def hear(records: Sequence[Record], stalls: Iterable[Sequence[float]], begun: float) -> dict[str, Any]:
+def hear(
+    records: Sequence[Record], stalls: Iterable[Sequence[float]], begun: float, deaths: Sequence[Death] = ()
+) -> dict[str, Any]:
     """The report of all callers. `stalls`: begin and end of each; `begun`: the time that is 0 in it."""
     by_kind: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -43,7 +48,9 @@ def hear(records: Sequence[Record], stalls: Iterable[Sequence[float]], begun: fl
     machine = union(stalls)
     late = {process: union((r["begin"], r["end"]) for r in rs) for process, rs in _by_process(by_kind["late"]).items()}
     silences = [found for turn in turns for found in silences_of(turn, machine, late.get(turn["process"], []))]
+    killed = {"deaths": _after_deaths(turns, deaths, silences)} if deaths else {}
     return {
+        **killed,
         "calls": _calls(by_kind),
         "turns": {**Counter(turn["end"] for turn in turns), "interrupted": sum(map(was_interrupted, turns))},
         "failures": [record["reason"] for record in (*turns, *by_kind["failed"]) if record["reason"]],
@@ -151,6 +158,41 @@ def _silence(turns: Sequence[Record], silences: Sequence[Silence], begun: float)
         "continuity_but_for_stalls": share(len(heard - faulty), len(heard)),
         "underrun_ms": quantiles([1e3 * silence.dry.seconds for silence in silences]),
         "underruns": [silence.record(begun) for silence in silences],
+    }
+
+
+def _after_deaths(turns: Sequence[Record], deaths: Sequence[Death], silences: Sequence[Silence]) -> dict[str, Any]:
+    """What became of the answers that were under way at each death, by the speech that their callers had in hand.
+
+    `before speech`: until the first piece, ms from the death; the others: the gap between two pieces in which the death
+    falls, and the underruns from there to the next death. A lead is built when it is at least LEAD_SECONDS.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in (BEFORE, EARLY, BUILT)}
+    ends = [death.at for death in deaths[1:]] + [float("inf")]
+    for death, until in zip(deaths, ends, strict=True):
+        for turn in turns:
+            if not turn["spoken"] < death.at < (turn["ended"] or 0.0):
+                continue
+            arrivals = [at for at, _ in turn["arrivals"]]
+            earlier, later = [at for at in arrivals if at <= death.at], [at for at in arrivals if at > death.at]
+            if not later:
+                continue  # all of the answer was there, or it was interrupted
+            if not earlier:
+                found[BEFORE]["wait"].append(1e3 * (later[0] - death.at))
+                continue
+            lead = max(played(turn["arrivals"][: len(earlier)]).dry_at - death.at, 0.0)
+            row = found[BUILT if lead >= LEAD_SECONDS else EARLY]
+            row["wait"].append(1e3 * (later[0] - earlier[-1]))
+            dry = [one for one in silences if one.turn_id == turn["turn_id"] and death.at <= one.dry.end < until]
+            row["underrun"].append(sum(one.dry.seconds for one in dry))
+            row["unexplained"].append(sum(one.unexplained for one in dry))
+    return {
+        name: {
+            "wait_ms": quantiles(row["wait"]),
+            "underrun_seconds": sum(row["underrun"]),
+            "unexplained_seconds": sum(row["unexplained"]),
+        }
+        for name, row in found.items()
     }
 
 

@@ -6,6 +6,6 @@ protocol.py     the state machine: orchestrators, workers and zombies in any ord
 ledger.py       the same for admission
 schedule.py     what goes wrong where and when, from a seed; injection.py does it at the boundaries of a part
 schedules.py    such schedules against a whole service: fleet.py (tasks), processes.py and process.py (processes)
-campaign.py     processes of a service with real stages are killed by seed (killing.py) while callers talk to it
+campaign.py     processes of a service with real stages are killed by seed while callers talk to it
 breaks.py       deliberate faults of the scripts, each of which the state machines must notice
 """

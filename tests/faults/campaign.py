@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kills import Death, Kill, carry_out, draw
 from kimia.client import Answer, AsyncKimia, AudioChunk, ClientOptions, TextDelta
 from kimia.errors import KimiaError
 from kimia.model.random_weights import new_checkpoint
 from kimia.streams.patience import end
-from tests.faults.killing import Kill, carry_out, draw
 from tests.faults.processes import Service, service, syncing
 from tests.faults.truth import Violation, demand
 from tests.golden_data import COMMITTED
@@ -47,7 +48,7 @@ PERCENTILES = (50, 90, 99, 100)
 
 @dataclass
 class Turn:
-    """One turn as its caller lived through it. Times: seconds of time.perf_counter."""
+    """One turn as its caller lived through it. Times: seconds of time.monotonic."""
 
     caller: int
     begun: float
@@ -92,7 +93,7 @@ class Summary:
 
 async def ask(kimia: AsyncKimia, caller: int) -> Turn:
     """The caller's one question; its events one by one. Raises Violation where an index is missing or comes twice."""
-    turn = Turn(caller, time.perf_counter())
+    turn = Turn(caller, time.monotonic())
     running = kimia.generate(_chat(caller), seed=caller, max_new_tokens=STEPS, **SAMPLED)
     async for event in running:
         if isinstance(event, TextDelta):
@@ -101,8 +102,8 @@ async def ask(kimia: AsyncKimia, caller: int) -> Turn:
         elif isinstance(event, AudioChunk):
             demand(event.index == len(turn.pieces), "caller", caller, "got sound", event.index)
             turn.pieces.append(event.data)
-            turn.arrivals.append(time.perf_counter())
-    turn.ended, turn.answer = time.perf_counter(), running.progress.answer()
+            turn.arrivals.append(time.monotonic())
+    turn.ended, turn.answer = time.monotonic(), running.progress.answer()
     return turn
 
 
@@ -170,23 +171,25 @@ def run(mode: str, model: Path, kills: Sequence[Kill]) -> Summary:
 
 async def _campaign(found: Service, kills: Sequence[Kill], summary: Summary) -> int:
     deaths: list[float] = []
+    stop = threading.Event()
 
-    def tell(name: str, moment: float) -> None:
-        part = name.partition(".")[0]
+    def tell(death: Death) -> None:
+        part = death.name.partition(".")[0]
         summary.kills[part] = summary.kills.get(part, 0) + 1
-        deaths.append(moment)
+        deaths.append(death.at)
         done = f"{len(callers.turns)} turns, {len(callers.failed)} failed"
-        say(f"{summary.mode}: {len(deaths)}/{len(kills)} {name} is killed; {done}")
+        say(f"{summary.mode}: {len(deaths)}/{len(kills)} {death.name} is killed; {done}")
 
-    begun = time.perf_counter()
+    begun = time.monotonic()
     async with AsyncKimia(found.plan.address(), options=PATIENT) as kimia:
         callers = Callers(kimia, await undisturbed(kimia))
         try:
-            await carry_out(kills, found.processes, tell)
+            await asyncio.to_thread(carry_out, kills, found.processes, tell, stop)
             await callers.stop()
         finally:
+            stop.set()
             await callers.aclose()
-    summary.seconds = time.perf_counter() - begun
+    summary.seconds = time.monotonic() - begun
     _count(summary, callers, deaths)
     return 0
 

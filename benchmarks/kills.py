@@ -1,20 +1,22 @@
 """Kills by seed: which part of a running service dies when. The seed decides all of it, and so finds a run again.
 
-    await carry_out(draw(seed=7, count=100, every=4.0), processes, tell)
+    with killing(draw(seed=7, count=100, every=4.0), processes) as deaths: ...
 
 Whoever runs the service sees to it that what dies is started again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+LOOK_SECONDS = 0.05
 PARTS = ("tokenizer", "llm", "detokenizer", "orchestrator", "store")
 
 
@@ -27,6 +29,14 @@ class Kill:
     draw: float
 
 
+@dataclass(frozen=True)
+class Death:
+    """A process that was killed, and when (time.monotonic)."""
+
+    at: float
+    name: str
+
+
 def draw(seed: int, count: int, every: float, parts: Sequence[str] = PARTS) -> list[Kill]:
     """So many kills, one at a random moment of each `every` seconds, spread evenly over the parts."""
     chance = random.Random(seed)
@@ -35,26 +45,42 @@ def draw(seed: int, count: int, every: float, parts: Sequence[str] = PARTS) -> l
     return [Kill((number + chance.random()) * every, part, chance.random()) for number, part in enumerate(victims)]
 
 
-async def carry_out(
+def carry_out(
     kills: Sequence[Kill],
     processes: Callable[[], Mapping[str, int]],
-    tell: Callable[[str, float], None],
+    tell: Callable[[Death], None],
+    stop: threading.Event,
 ) -> None:
-    """Kill at the given times, with SIGKILL. `processes`: pids by name ("llm.2") of those that live.
+    """Kill at the given times, with SIGKILL, until told to stop. `processes`: pids by name ("llm.2") of what lives.
 
-    `tell` hears of each kill: the name and the moment (time.perf_counter). A part of which nothing lives is waited for,
-    so that every kill really kills.
+    A part of which nothing lives is waited for, so that every kill really kills.
     """
-    begun, killed = time.perf_counter(), set[int]()
+    begun, killed = time.monotonic(), set[int]()
     for kill in kills:
-        await asyncio.sleep(max(begun + kill.at - time.perf_counter(), 0.0))
-        while not (living := _living(kill.part, processes(), killed)):
-            await asyncio.sleep(0.05)
+        stop.wait(max(begun + kill.at - time.monotonic(), 0.0))
+        while not (living := _living(kill.part, processes(), killed)) and not stop.wait(LOOK_SECONDS):
+            pass
+        if stop.is_set():
+            return
         name = sorted(living)[int(kill.draw * len(living))]
         os.kill(living[name], signal.SIGKILL)
         killed.add(living[name])
-        tell(name, time.perf_counter())
+        tell(Death(time.monotonic(), name))
 
 
 def _living(part: str, processes: Mapping[str, int], killed: Set[int]) -> dict[str, int]:
     return {name: pid for name, pid in processes.items() if name.partition(".")[0] == part and pid not in killed}
+
+
+@contextmanager
+def killing(kills: Sequence[Kill], processes: Callable[[], Mapping[str, int]]) -> Iterator[list[Death]]:
+    """Carry them out while the block runs; who has died so far."""
+    deaths: list[Death] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=carry_out, args=(kills, processes, deaths.append, stop))
+    thread.start()
+    try:
+        yield deaths
+    finally:
+        stop.set()
+        thread.join()
