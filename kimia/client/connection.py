@@ -59,6 +59,8 @@ def channel_options(options: ClientOptions) -> list[tuple[str, Any]]:
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 2000),
         ("grpc.keepalive_time_ms", int(options.keepalive_seconds * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),  # else a quiet call is pinged twice, and then for a minute no more
+        ("grpc.http2.ping_timeout_ms", 10_000),  # else a service that is cut off is waited for for a minute
         ("grpc.max_receive_message_length", 64 * MEBIBYTE),
         ("grpc.max_send_message_length", -1),  # checked by check_size, with a sentence
         *options.channel,

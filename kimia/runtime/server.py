@@ -61,6 +61,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", _milliseconds(PING_TIMEOUT_SECONDS)),
+        ("grpc.http2.ping_timeout_ms", _milliseconds(PING_TIMEOUT_SECONDS)),  # else 60 s, whatever the line above says
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients ping as often as the server does; half of it leaves room for jitter. Else: GOAWAY too_many_pings.
         ("grpc.http2.min_recv_ping_interval_without_data_ms", keepalive // 2),

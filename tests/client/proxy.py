@@ -1,4 +1,4 @@
-"""A line that a test can cut: TCP between a client and one of several servers."""
+"""A line that a test can cut or silence: TCP between a client and one of several servers."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,7 @@ class Proxy:
         self.target = target
         self.address = ""
         self.connections = 0
+        self._silent = 0  # so many of them, the first ones, are black holes
         self._lines: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -31,22 +32,29 @@ class Proxy:
             line.cancel()
         await asyncio.gather(*self._lines, return_exceptions=True)
 
+    def silence(self, target: str = "") -> None:
+        """Let nothing pass any more through the connections there are: they stand, and nobody hears of it."""
+        self.target = target or self.target
+        self._silent = self.connections
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        number = self.connections
         line = asyncio.current_task()
         self._lines.add(line)
         try:
-            await self._carry(reader, writer)
+            await self._carry(number, reader, writer)
         except (OSError, asyncio.CancelledError):
             pass
         finally:
             writer.transport.abort()
             self._lines.discard(line)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = self.target.split(":")
         upstream, downstream = await asyncio.open_connection(host, int(port))
-        ways = [asyncio.create_task(_pump(reader, downstream)), asyncio.create_task(_pump(upstream, writer))]
+        pairs = ((reader, downstream), (upstream, writer))
+        ways = [asyncio.create_task(self._pump(number, *pair)) for pair in pairs]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -55,9 +63,9 @@ class Proxy:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
+    async def _pump(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if number > self._silent:
+                    writer.write(data)
+                    await writer.drain()

@@ -91,6 +91,7 @@ def test_own_options_of_the_channel_come_last() -> None:
     options = channel_options(ClientOptions(channel=(("grpc.keepalive_time_ms", 5),)))
     assert options[-1] == ("grpc.keepalive_time_ms", 5)
     assert ("grpc.keepalive_time_ms", 30000) in options
+    assert ("grpc.http2.ping_timeout_ms", 10000) in options
 
 
 def test_identity_and_address() -> None:

@@ -1,11 +1,13 @@
 """The SDK against the real orchestrator, a real journal and workers with fake stages, over a line that is cut."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from kimia.client import AsyncKimia, AudioChunk, Kimia, TextDelta, TurnCancelled, TurnDone
 from kimia.errors import NotFoundError, RequestError
+from kimia.runtime.settings import Settings
 from kimia.streams.wire import Wire, WireOptions
 from tests.client.proxy import Proxy
 from tests.client.scripted import FAST
@@ -73,6 +75,24 @@ async def test_a_call_whose_line_is_cut_again_and_again(world) -> None:
     assert spoken(disturbed) == spoken(undisturbed)
     assert session.next_audio_index == 12
     assert [message.WhichOneof("content") for message in session.messages] == ["audio", "text", "spoken"]
+
+
+async def test_a_turn_whose_line_falls_silent_goes_on_elsewhere(world) -> None:
+    """No end of the connection is ever seen: only pings that nobody answers."""
+    pinged = Settings(listen="127.0.0.1:0", keepalive_seconds=1)
+    host, other = await world.begin(STEADY, settings=pinged), await world.host(settings=pinged)
+    pinging = (("grpc.keepalive_time_ms", 1000), ("grpc.http2.ping_timeout_ms", 300))
+    options = replace(FAST, channel=(*FAST.channel, *pinging))
+    async with Proxy(host.target) as proxy, AsyncKimia(proxy.address, options=options) as kimia:
+        async with asyncio.timeout(SECONDS):
+            turn, count = kimia.generate(QUESTION, seed=7), 0
+            async for _ in turn:
+                count += 1
+                if count == 5:
+                    proxy.silence(other.target)
+        undisturbed = await kimia.generate(QUESTION, seed=7).collect()
+    assert proxy.connections == 2
+    assert spoken(turn.progress.answer()) == spoken(undisturbed)
 
 
 async def test_a_call_of_several_turns(world) -> None:

@@ -49,11 +49,11 @@ def speaks(pieces=5, salt=1):
 class Host:
     """One orchestrator."""
 
-    def __init__(self, wire, owner, window, limits):
+    def __init__(self, wire, owner, window, limits, settings):
         self.inbox = Inbox(wire, owner, look=0.5)
         self.desk = Desk(Turns(wire, self.inbox), Admission(Ledger(wire), window=window), limits)
         self.servicer = KimiAudio()
-        self.server = build_server(Settings(listen="127.0.0.1:0"))
+        self.server = build_server(settings)
         self.stub = None
         self.target = ""
 
@@ -98,8 +98,9 @@ class World(House):
             while any(stage.capacity != rows for stage in (await Ledger(self.wire).usage()).values()):
                 await asyncio.sleep(0.002)
 
-    async def host(self, window=30.0, limits=None):
-        host = Host(self.wire, f"orchestrator-{len(self.hosts)}", window, limits or Limits())
+    async def host(self, window=30.0, limits=None, settings=None):
+        owner, settings = f"orchestrator-{len(self.hosts)}", settings or Settings(listen="127.0.0.1:0")
+        host = Host(self.wire, owner, window, limits or Limits(), settings)
         self.hosts.append(await self.stack.enter_async_context(host.running()))
         return host
 
