@@ -85,8 +85,8 @@ class Ledger:
         ]
         answer = await self._wire.call("ledger_reserve", [_session(session)], [*args, *(kind.name for kind in route)])
         if answer != b"ok":
-            word, stage, size, releases = answer
-            raise _refusal(word.decode(), stage.decode(), int(size), int(releases))
+            word, stage, size, wanted, releases = answer
+            raise _refusal(word.decode(), stage.decode(), int(size), _retry(int(wanted), int(releases)))
 
     async def renew(self, session: str, seconds: float, holder: str | None = None) -> bool:
         """Let a reservation last from now for so many seconds; False when it has ended: reserve again."""
@@ -109,9 +109,13 @@ class Ledger:
         return bool(await self._wire.call("ledger_renew", [_session(session)], args))
 
 
-def _refusal(word: str, stage: str, size: int, releases: int) -> CapacityError:
-    """Why a session is refused, and when a row will be free if they go on being released as they were."""
-    retry = max(RELEASE_WINDOW / max(releases, 1), SHORTEST_RETRY)
+def _retry(wanted: int, releases: int) -> float:
+    """Seconds until so many rows are released if that goes on as it did; no longer than it was looked back for."""
+    return min(max(RELEASE_WINDOW * wanted / max(releases, 1), SHORTEST_RETRY), RELEASE_WINDOW)
+
+
+def _refusal(word: str, stage: str, size: int, retry: float) -> CapacityError:
+    """Why a session is refused, and when to try again."""
     if word == "tenant":
         rule = f"the tenant has its {size} sessions already; end one, or ask for a higher limit"
         return CapacityError(rule, reason="TENANT_LIMIT", retry_after=retry)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isclose
 from typing import ClassVar
 
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kimia.errors import CapacityError
 from kimia.stage import STAGES, StageKind
 from kimia.streams import keys
-from kimia.streams.ledger import Ledger, StageUsage, WorkerRows
+from kimia.streams.ledger import NO_WORKER_RETRY, RELEASE_WINDOW, SHORTEST_RETRY, Ledger, StageUsage, WorkerRows
 from tests.faults.ground import HOUR, Ground, View
 from tests.faults.truth import demand
 
@@ -32,6 +33,7 @@ class Books:
 
     workers: dict[str, dict[str, WorkerRows]] = field(default_factory=lambda: {name: {} for name in STAGES})
     places: dict[str, set[str]] = field(default_factory=dict)  # session -> stages in which it has a row
+    releases: Counter[str] = field(default_factory=Counter)  # of the last half minute, by stage and `@<tenant>`
 
     def reserved(self, stage: str) -> set[str]:
         return {session for session, stages in self.places.items() if stage in stages}
@@ -39,14 +41,27 @@ class Books:
     def rows(self, stage: str) -> int:
         return sum(worker.rows for worker in self.workers[stage].values())
 
-    def admits(self, session: str, route: Sequence[StageKind], limit: int | None) -> bool:
-        """Whether every stage has a row left, and the tenant a session."""
-        new = session not in self.places
+    def refuses(self, session: str, route: Sequence[StageKind], limit: int | None) -> float | None:
+        """When a session is to come back: its tenant has too many, or a stage has no row left. None: it is admitted."""
         others = [other for other in self.places if TENANTS[other] == TENANTS[session]]
-        if new and limit is not None and len(others) >= limit:
-            return False
+        if session not in self.places and limit is not None and len(others) >= limit:
+            return self.retry(f"@{TENANTS[session]}", len(others) - limit)
         held = self.places.get(session, set())
-        return all(kind.name in held or len(self.reserved(kind.name)) < self.rows(kind.name) for kind in route)
+        for kind in route:
+            reserved, rows = len(self.reserved(kind.name)), self.rows(kind.name)
+            if kind.name not in held and reserved >= rows:
+                return self.retry(kind.name, reserved - rows) if rows else NO_WORKER_RETRY
+        return None
+
+    def retry(self, pool: str, beyond: int) -> float:
+        """When so many and one more are released, if they go on as in the last half minute."""
+        rate = max(self.releases[pool], 1) / RELEASE_WINDOW  # per second
+        return min(max((beyond + 1) / rate, SHORTEST_RETRY), RELEASE_WINDOW)
+
+    def release(self, session: str) -> None:
+        """A session gives back what it holds."""
+        if session in self.places:
+            self.releases.update((*self.places.pop(session), f"@{TENANTS[session]}"))
 
 
 class Admission(RuleBasedStateMachine):
@@ -84,16 +99,16 @@ class Admission(RuleBasedStateMachine):
     def reserve(self, session: str, route: Sequence[str], limit: int | None, again: bool) -> None:
         kinds = [STAGES[name] for name in route]
         for _ in range(1 + again):
-            admitted = self.books.admits(session, kinds, limit)
-            if admitted:
+            retry = self.books.refuses(session, kinds, limit)
+            if retry is None:
                 self.books.places[session] = {*self.books.places.get(session, ()), *route}
             try:
                 self.ground.run(self.ledger.reserve(session, TENANTS[session], kinds, HOUR, limit))
             except CapacityError as error:
-                demand(not admitted, session, "was refused:", error)
-                demand((error.retry_after or 0) > 0, "refused without saying when to come back")
+                demand(retry is not None, session, "was refused:", error)
+                demand(isclose(error.retry_after or 0, retry or 0), "to come back in", error.retry_after, "not", retry)
             else:
-                demand(admitted, session, "was admitted beyond the capacity")
+                demand(retry is None, session, "was admitted beyond the capacity")
 
     @rule(session=SESSION)
     def renew(self, session: str) -> None:
@@ -103,11 +118,14 @@ class Admission(RuleBasedStateMachine):
     def release(self, session: str, again: bool) -> None:
         for _ in range(1 + again):
             self.ground.run(self.ledger.release(session))
-        self.books.places.pop(session, None)
+        self.books.release(session)
 
     @rule(session=SESSION, late=st.booleans())
     def end(self, session: str, late: bool) -> None:
-        """A reservation's time is over; `late`: its hash outlives it by a moment."""
+        """A reservation's time is over, long ago: that is no release of the last half minute.
+
+        `late`: its hash outlives it by a moment.
+        """
         for pool in (*STAGES, f"@{TENANTS[session]}"):
             self.ground.redis.zadd(keys.ledger(f"reserved:{pool}"), {session: 1}, xx=True)
         if not late:

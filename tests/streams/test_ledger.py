@@ -7,6 +7,7 @@ import redis
 
 from kimia.errors import CapacityError
 from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
+from kimia.streams import keys
 from kimia.streams.ledger import NO_WORKER_RETRY, RELEASE_WINDOW, SHORTEST_RETRY, Ledger, StageUsage, WorkerRows
 from kimia.streams.wire import Wire, WireOptions
 
@@ -208,13 +209,55 @@ async def test_the_retry_delay_follows_the_rate_of_releases(ledger):
 
     for number in range(70):
         await ledger.reserve(f"s{number}", "t", [LLM], LONG)
-    assert await refused_when_full(70) == RELEASE_WINDOW
+    assert await refused_when_full(70) == await refused_when_full(1) == RELEASE_WINDOW
     for number in range(10):
         await ledger.release(f"s{number}")
     assert await refused_when_full(60) == pytest.approx(RELEASE_WINDOW / 10)
     for number in range(10, 69):
         await ledger.release(f"s{number}")
     assert await refused_when_full(1) == pytest.approx(SHORTEST_RETRY)
+
+
+async def refusal(ledger, **limit):
+    with pytest.raises(CapacityError) as refused:
+        await ledger.reserve("late", "t", [LLM], LONG, **limit)
+    return refused.value.retry_after
+
+
+async def test_the_retry_delay_is_that_of_steady_churn(ledger):
+    """Calls that come and go every two seconds, at the full house: whoever is refused waits for the next to go."""
+    await offer(ledger, rows=2)
+    for name in ("a", "b"):
+        await ledger.reserve(name, "t", ROUTE, LONG)
+    server, released = ledger._wire.journal, keys.ledger("released:llm")
+    now = round((await server.time())[0] * 1000)
+    await server.zadd(released, {f"gone-{ago}": now - 2000 * ago for ago in range(1, 60)})
+    assert await refusal(ledger) == pytest.approx(2, rel=0.15)  # 14 or 15 within the half minute
+    await ledger.release("a")
+    await ledger.reserve("c", "t", ROUTE, LONG)
+    assert await refusal(ledger) == pytest.approx(2, rel=0.15)
+
+
+async def test_who_is_refused_waits_for_all_that_are_beyond_the_capacity(ledger):
+    await offer(ledger, rows=14)
+    for number in range(14):
+        await ledger.reserve(f"s{number}", "t", [LLM], LONG)
+    for number in range(10):
+        await ledger.release(f"s{number}")
+    await ledger.announce(LLM, "llm-1", 2, 0)  # workers died: four sessions on two rows
+    assert await refusal(ledger) == pytest.approx(RELEASE_WINDOW / 10 * 3)
+    assert await refusal(ledger, tenant_limit=1) == pytest.approx(RELEASE_WINDOW / 10 * 4)
+
+
+async def test_what_ended_long_ago_is_no_release_of_now(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", [LLM], LONG)
+    server, held = ledger._wire.journal, keys.ledger("reserved:llm")
+    now = round((await server.time())[0] * 1000)
+    await server.zadd(held, {f"gone-{number}": now - 600_000 for number in range(10)})
+    assert await refusal(ledger) == RELEASE_WINDOW
+    await server.zadd(held, {f"gone-{number}": now - 1000 for number in range(10)})
+    assert await refusal(ledger) == pytest.approx(RELEASE_WINDOW / 10)
 
 
 async def test_everything_but_the_workers_expires(ledger):

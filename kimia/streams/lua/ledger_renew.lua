@@ -29,7 +29,7 @@ for _, pool in ipairs(pools) do
     redis.call('ZADD', reserved, now + life, session)
     redis.call('PEXPIRE', reserved, math.max(life, redis.call('PTTL', reserved)))
   elseif redis.call('ZREM', reserved, session) == 1 then
-    redis.call('ZADD', released, now, session .. ':' .. now)
+    redis.call('ZADD', released, now, session .. ':' .. time[1] .. ':' .. time[2])
     redis.call('PEXPIRE', released, window)
   end
 end

@@ -3,17 +3,20 @@
 -- KEYS hash of the session's reservation
 -- ARGV prefix of the ledger's keys, session, tenant, life in milliseconds, tenant's limit (-1: none),
 --      window of the release rate in milliseconds, holder, stages ...
--- answer: 'ok' | {'full', stage, capacity, releases in the window} | {'tenant', '', limit, releases in the window}
+-- answer: 'ok' | {'full', stage, capacity, releases wanted, releases in the window} | {'tenant', '', limit, ...};
+--         so many must give their place back before there is one for this session
 local prefix, session, tenant = ARGV[1], ARGV[2], ARGV[3]
 local life, limit, window = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Who holds a place in a pool (a stage's or a tenant's rows), without those whose time is over: they count as releases.
+-- Who holds a place in a pool (a stage's or a tenant's rows), without those whose time is over: they count as releases
+-- of the moment at which it was.
 local function holders(pool)
   local reserved, released = prefix .. 'reserved:' .. pool, prefix .. 'released:' .. pool
-  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', reserved, '-inf', now)) do
-    redis.call('ZADD', released, now, gone .. ':' .. now)
+  local gone = redis.call('ZRANGEBYSCORE', reserved, '-inf', now, 'WITHSCORES')
+  for i = 1, #gone, 2 do
+    redis.call('ZADD', released, gone[i + 1], gone[i] .. ':' .. gone[i + 1])
     redis.call('PEXPIRE', released, window)
   end
   redis.call('ZREMRANGEBYSCORE', reserved, '-inf', now)
@@ -27,8 +30,8 @@ local function holds(pool)
   return ends and tonumber(ends) > now
 end
 
-local function refusal(word, name, pool, size)
-  return { word, name, size, redis.call('ZCARD', prefix .. 'released:' .. pool) }
+local function refusal(word, name, pool, size, count)
+  return { word, name, size, count - size + 1, redis.call('ZCARD', prefix .. 'released:' .. pool) }
 end
 
 local function capacity(stage)
@@ -46,14 +49,14 @@ tenant = held[1] or tenant
 local account = '@' .. tenant
 local count = holders(account)
 if limit >= 0 and count >= limit and not holds(account) then
-  return refusal('tenant', '', account, limit)
+  return refusal('tenant', '', account, limit, count)
 end
 local pools, seen = { account }, {}
 for i = 8, #ARGV do
   local stage = ARGV[i]
   local reserved, rows = holders(stage), capacity(stage)
   if reserved >= rows and not holds(stage) then
-    return refusal('full', stage, stage, rows)
+    return refusal('full', stage, stage, rows, reserved)
   end
   seen[stage] = true
   pools[#pools + 1] = stage
