@@ -56,7 +56,12 @@ class Orchestrator:
         desk = Desk(
             Turns(wire, inbox),
             Admission(self._ledger, settings.tenant_sessions),
-            Limits(settings.turn_deadline_seconds, settings.max_clip_bytes, settings.max_turn_bytes),
+            Limits(
+                settings.turn_deadline_seconds,
+                settings.max_clip_bytes,
+                settings.max_turn_bytes,
+                settings.call_idle_seconds,
+            ),
         )
         self._stack.push_async_callback(desk.aclose)
         self._stack.push_async_callback(self._servicer.ended, FAREWELL_SECONDS)

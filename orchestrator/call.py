@@ -7,11 +7,11 @@ lock. What goes to the client passes one bounded queue, so a slow client slows i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kimia.errors import KimiaError, NotFoundError, RequestError, UnavailableError
+from kimia.errors import DeadlineError, KimiaError, NotFoundError, RequestError, UnavailableError
 from kimia.runtime.logs import get_logger
 from kimia.stage import DETOKENIZER, LLM, TOKENIZER, StageKind
 from kimia.streams import keys
@@ -66,8 +66,10 @@ class Collected:
 class Call:
     """One connection of a session. `responses` is all there is to run."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, seconds: Callable[[], float]) -> None:
+        """`seconds`: what a turn that begins now may take."""
         self._desk = desk
+        self._seconds = seconds
         self._turns = desk.turns
         self._admission = desk.admission
         self._limits = desk.limits
@@ -83,6 +85,8 @@ class Call:
         self._over = False  # the client has said all, or something that ends the call: it does not come back to it
         self._retiring = False
         self._leaving: asyncio.Task[None] | None = None
+        self._idle_at = 0.0  # the loop's clock: when the call ends unless something happens
+        self._touch()
 
     def retire(self) -> None:
         """End the call as soon as no turn is told: its client comes back, to another process."""
@@ -96,7 +100,7 @@ class Call:
 
     async def responses(self, requests: AsyncIterator[ConverseRequest]) -> AsyncGenerator[ConverseResponse]:
         """Everything that the client is told, until it has said all and every turn has ended. Raises KimiaError."""
-        reading = asyncio.create_task(self._read(requests))
+        tasks = [asyncio.create_task(self._read(requests)), asyncio.create_task(self._watch())]
         try:
             while (item := await self._queue.get()) is not None:
                 if isinstance(item, Exception):
@@ -105,7 +109,7 @@ class Call:
                 yield item
             self._over = True
         finally:
-            await self._hang_up(reading)
+            await self._hang_up(tasks)
 
     def _is_final(self, error: Exception) -> bool:
         """Whether nothing of the call goes on after an error: its rows are free at once."""
@@ -113,9 +117,9 @@ class Call:
             return False
         return isinstance(error, NotFoundError) or not self._machine.running
 
-    async def _hang_up(self, reading: asyncio.Task[None]) -> None:
+    async def _hang_up(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         """The running turn goes on, and what was collected is kept; the client may come back."""
-        await end([reading])  # first, since it begins to follow turns
+        await end(tasks)  # first, since one of them begins to follow turns
         for turn_id in tuple(self._followed):
             await self._stop_following(turn_id)
         await end([*filter(None, [self._leaving])])
@@ -149,12 +153,33 @@ class Call:
         try:
             async for request in requests:
                 async with self._lock:
-                    await self._refresh(request)
+                    if request.WhichOneof("content") in ("commit", "say", "cancel"):
+                        await self._refresh()
                     await self._perform(self._machine.receive(request))
+                self._touch()
                 self._leave_if_idle()
             while self._followed:
                 await asyncio.wait([task for _, task in self._followed.values()])
             await self._queue.put(None)
+        except Exception as error:  # noqa: BLE001 - raised again where the responses are made
+            await self._queue.put(error)
+
+    def _touch(self) -> None:
+        """Something has happened."""
+        self._idle_at = asyncio.get_running_loop().time() + self._limits.idle_seconds
+
+    async def _watch(self) -> None:
+        """End a call in which nothing happens, so that others get its rows. The session's edge, as `_read` is."""
+        try:
+            while (left := self._idle_at - asyncio.get_running_loop().time()) > 0:
+                await asyncio.sleep(left)
+                async with self._lock:
+                    if self._machine.running:
+                        self._touch()
+                    await self._refresh()
+            seconds = self._limits.idle_seconds
+            rule = f"nothing was said or answered for {seconds:g} s; call again with the same session to go on"
+            await self._queue.put(DeadlineError(rule, reason="IDLE"))
         except Exception as error:  # noqa: BLE001 - raised again where the responses are made
             await self._queue.put(error)
 
@@ -316,7 +341,7 @@ class Call:
             caller=self._caller,
             asked=sourced(turn_id, action.collected) if isinstance(action, SubmitTurn) else (),
             options=action.options,
-            seconds=self._limits.turn_seconds,
+            seconds=self._seconds(),
             say=action.text if isinstance(action, SayTurn) else None,
             key=action.idempotency_key,
         )
@@ -342,6 +367,7 @@ class Call:
             await self._queue.put(error)
         finally:
             self._followed.pop(turn_id, None)
+            self._touch()
             self._leave_if_idle()
 
     async def _end(self, following: Following, head: Head) -> None:
@@ -378,10 +404,10 @@ class Call:
         self._followed.pop(turn_id, None)
         return following
 
-    async def _refresh(self, request: ConverseRequest) -> None:
+    async def _refresh(self) -> None:
         """A turn of an earlier call is not followed here: see whether it has ended, before that matters."""
         running = self._machine.running
-        if not running or running in self._followed or request.WhichOneof("content") not in ("commit", "say", "cancel"):
+        if not running or running in self._followed:
             return
         record = await self._turns.refreshed(self._session_id, self._caller.tenant)
         if record.running_turn_id != running:

@@ -30,6 +30,7 @@ class Limits:
     turn_seconds: float = 120.0  # for a turn whose caller sets no deadline
     clip_bytes: int = 32 << 20  # of one stretch of sound
     turn_bytes: int = 64 << 20  # of all sound that is not committed
+    idle_seconds: float = 300.0  # without a message and a turn, after which a call is ended
 
 
 class Desk:

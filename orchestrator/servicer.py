@@ -104,11 +104,11 @@ class KimiAudio(KimiAudioServicer):
     async def Converse(
         self,
         request_iterator: AsyncIterator[ConverseRequest],
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> AsyncGenerator[ConverseResponse]:
         """A call."""
         with self._serving() as desk:
-            call = Call(desk)
+            call = Call(desk, lambda: _seconds(context, desk.limits.turn_seconds))
             self._calls.add(call)
             try:
                 async with aclosing(call.responses(request_iterator)) as responses:

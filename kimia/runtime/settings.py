@@ -85,6 +85,11 @@ class Settings(BaseSettings):
         0, ge=0, description="Sessions that one tenant may have at once. 0: no limit of its own"
     )
     turn_deadline_seconds: float = Field(120.0, gt=0, description="Time for a turn whose caller sets no deadline")
+    call_idle_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="Time without a message or a running turn after which a call is ended: others get its rows",
+    )
     max_clip_bytes: int = Field(32 << 20, ge=1, description="Bytes of one clip of a turn")
     max_turn_bytes: int = Field(64 << 20, ge=1, description="Bytes of all the input of a turn")
     drain_seconds: float = Field(

@@ -1,18 +1,31 @@
 import asyncio
+import time
 
 import grpc
 import pytest
 
-from kimia.errors import CapacityError, NotFoundError, RequestError, StateError, UnavailableError, UnsupportedError
+from kimia.errors import (
+    CapacityError,
+    DeadlineError,
+    NotFoundError,
+    RequestError,
+    StateError,
+    UnavailableError,
+    UnsupportedError,
+)
+from kimia.runtime import server
 from kimia.runtime.fake import read_pcm
+from kimia.runtime.settings import Settings
 from kimia.status import from_rpc_error
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
+from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
 from kimia.v1.turn_pb2 import Failure
 from orchestrator import turn as turn_module
 from orchestrator.desk import Limits
 from orchestrator.memory import answer_of
+from tests.client.proxy import Proxy
 from tests.orchestrator.world import (
     ENDLESS,
     FORMAT,
@@ -29,9 +42,115 @@ from tests.orchestrator.world import (
     speaks,
     text_of,
 )
-from tests.runtime.workers import SECONDS
+from tests.runtime.workers import SECONDS, eventually
 
 pytestmark = pytest.mark.unit
+
+
+# ---- silence ----------------------------------------------------------------------------------------------------
+
+IDLE = Limits(idle_seconds=0.2)
+
+
+async def is_idle(call):
+    error = await call.error()
+    assert (type(error), error.reason) == (DeadlineError, "IDLE")
+    assert "0.2 s" in str(error)
+
+
+async def test_a_silent_call_is_ended_and_its_rows_are_free(world):
+    await world.begin(limits=IDLE)
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        assert set((await world.reserved()).values()) == {1}
+        await is_idle(call)
+    await world.afterwards()
+    assert set((await world.reserved()).values()) == {0}
+    async with world.call(session_id="s") as call:  # the session stays
+        assert (await call.ready()).session_id == "s"
+
+
+async def test_a_call_that_is_never_configured_is_ended(world):
+    await world.begin(limits=IDLE)
+    await is_idle(Line(world.stub.Converse()))
+
+
+async def test_sound_that_was_sent_before_the_silence_is_kept(world):
+    await world.begin(limits=IDLE)
+    async with world.call(session_id="s") as call:
+        await call.speak(3)
+        await is_idle(call)
+    async with world.call(session_id="s") as call:
+        assert (await call.ready()).next_audio_index == 3
+        assert kinds(await call.answer(options=TEXT_ONLY))[-1] == "done"
+
+
+async def test_every_message_is_a_sign_of_life(world):
+    await world.begin()
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        [serving] = world.hosts[0].servicer._calls
+        before = serving._idle_at
+        await call.send(playback=pb.Playback(heard_ms=0))
+        await eventually(lambda: serving._idle_at > before)
+
+
+async def test_a_long_answer_is_no_silence(world):
+    await world.begin(ENDLESS, limits=IDLE)
+    async with world.call(session_id="s") as call:
+        await call.speak(2)
+        await call.send(commit=pb.Commit())
+        await call.event("started")
+        await asyncio.sleep(3 * IDLE.idle_seconds)
+        await call.send(cancel=pb.Cancel())
+        await call.event("cancelled")
+        await is_idle(call)
+
+
+async def test_an_answer_that_another_connection_tells_is_no_silence(world):
+    await world.begin(ENDLESS, limits=IDLE)
+    async with world.call(session_id="s") as call:
+        await call.speak(2)
+        await call.send(commit=pb.Commit())
+        await call.event("started")
+    async with world.call(session_id="s") as call:
+        await call.ready()
+        await asyncio.sleep(3 * IDLE.idle_seconds)
+        await call.send(cancel=pb.Cancel())
+        await call.event("cancelled")
+        await is_idle(call)
+
+
+async def test_a_client_that_is_gone_without_a_word_keeps_no_row(world, monkeypatch):
+    """Its line is a black hole: no end of the connection is ever seen, only pings that nobody answers."""
+    monkeypatch.setattr(server, "PING_TIMEOUT_SECONDS", 0.5)
+    host = await world.begin(window=0.3, settings=Settings(listen="127.0.0.1:0", keepalive_seconds=1))
+    async with Proxy(host.target) as proxy, grpc.aio.insecure_channel(proxy.address) as channel:
+        call = Line(KimiAudioStub(channel).Converse())
+        await call.send(config=pb.CallConfig(session_id="s", input_format=FORMAT))
+        await call.ready()
+        await asyncio.sleep(2)  # pings are answered: longer than a dead client would last
+        assert set((await world.reserved()).values()) == {1}
+        proxy.silence()
+
+        async def free():
+            return set((await world.reserved()).values()) == {0}
+
+        await world.until_async(free)
+        call.stream.cancel()
+
+
+# ---- deadlines --------------------------------------------------------------------------------------------------
+
+
+async def test_the_deadline_of_a_call_is_that_of_its_turns(world):
+    await world.begin()
+    call = Line(world.stub.Converse(timeout=30))
+    await call.send(config=pb.CallConfig(session_id="s", input_format=FORMAT))
+    await call.send(say=pb.Say(text="hello"))
+    spec = await world.spec((await call.event("started")).turn_id)
+    assert 0 < spec.deadline.ToNanoseconds() / 1e9 - time.time() < 31
+    call.stream.cancel()
 
 
 # ---- turns ------------------------------------------------------------------------------------------------------
