@@ -365,6 +365,34 @@ async def test_deletion_is_final(world):
     assert [await worker.depth() for worker in jobs.values()] == [(0, 0)] * 3
 
 
+async def test_a_session_forgets_turns_of_which_nothing_is_left(world):
+    """Its set of turns does not grow with a call that has no end; what a deletion must find stays in it."""
+    members = keys.session_turns("{0}", "s1")
+    kept, sounding = new_turn(), new_turn()
+    await world.journal.open_turn(kept, "o1")
+    token = (await world.journal.open_turn(sounding, "o1")).token
+    await world.journal.append_input(sounding.id, token, [sound(0)])
+    await world.redis.unlink(keys.head("{0}", sounding.id))  # its sound is remembered for longer
+    most = 0
+    for _ in range(300):
+        turn = new_turn()
+        await world.journal.open_turn(turn, "o1")
+        most = max(most, await world.redis.scard(members))
+        await world.redis.unlink(keys.head("{0}", turn.id))
+    assert most <= 64
+    await world.journal.delete_session("s1")
+    assert {name for name in await world.names() if "s1" in name} == {keys.gone("{0}", "s1")}
+
+
+async def test_a_session_forgets_no_turn_that_lives(world):
+    turns = [new_turn() for _ in range(130)]
+    for turn in turns:
+        await world.journal.open_turn(turn, "o1")
+    assert await world.redis.scard(keys.session_turns("{0}", "s1")) == len(turns)
+    await world.journal.delete_session("s1")
+    assert {name for name in await world.names() if "s1" in name} == {keys.gone("{0}", "s1")}
+
+
 async def test_deletion_tells_reader_and_workers(world):
     _jobs, claims = await world.speaking()
     await world.journal.delete_session("s1")

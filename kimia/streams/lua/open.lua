@@ -20,6 +20,7 @@ for name, i in pairs(LOGS) do
   if last then redis.call('HSET', KEYS[1], name .. ':next', string.match(last[1], '^%d+')) end
 end
 redis.call('SADD', KEYS[6], turn)
+forget_expired(KEYS[6])
 renew_turn(ttl)
 if idem then
   redis.call('SET', idem, turn, 'PX', ttl + session_ttl)

@@ -8,6 +8,7 @@
 local P = string.match(KEYS[1], '^%b{}')
 local GROUP = 'workers'
 local INBOX_LENGTH = 10000
+local FORGOTTEN_AT_ONCE = 64
 local LOGS = {input = 2, encoded = 3, tokens = 4, audio = 5}
 
 local function clock()
@@ -40,6 +41,18 @@ end
 
 local function renew_turn(ttl)
   for i = 1, 6 do renew(KEYS[i], ttl) end
+end
+
+-- Take turns of which nothing is left out of a session's set, whenever it has grown by so many: it names what a
+-- deletion must find, and a long call has no end of turns.
+local function forget_expired(set)
+  if redis.call('SCARD', set) % FORGOTTEN_AT_ONCE > 0 then return end
+  for _, turn in ipairs(redis.call('SMEMBERS', set)) do
+    local head = P .. ':turn:' .. turn
+    if redis.call('EXISTS', head, head .. ':input', head .. ':encoded', head .. ':tokens', head .. ':audio') == 0 then
+      redis.call('SREM', set, turn)
+    end
+  end
 end
 
 local function over(state)
