@@ -8,6 +8,7 @@ and never a turn: after every failure of the connection, and when nothing came f
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self, TypeAlias
 
@@ -17,7 +18,7 @@ from redis.exceptions import RedisError
 from kimia.errors import NotFoundError
 from kimia.stage import Log
 from kimia.streams import keys
-from kimia.streams.journal import Head, Journal, parse_head
+from kimia.streams.journal import Head, Journal, deadline_us, parse_head
 from kimia.streams.patience import Patience, end, pause_after
 from kimia.streams.together import Together
 from kimia.streams.wire import Wire, reached
@@ -171,9 +172,7 @@ class Feed:
         try:
             while True:
                 looked = bell.answer()
-                ended = (
-                    looked and (await self._inbox.head(self.turn_id)).over
-                )  # before the read: nothing follows the end
+                ended = looked and (await self._head()).over  # before the read: nothing follows the end
                 for chunk in await self._inbox.read(self.turn_id, log, start):
                     yield chunk
                     start = chunk.index + 1
@@ -185,6 +184,14 @@ class Feed:
         finally:
             self._waiting.discard(bell)
 
+    async def _head(self) -> Head:
+        """The turn's head; where no worker can be told that it is too late to begin, this is told here."""
+        head = await self._inbox.head(self.turn_id)
+        if not head.over and 0 < deadline_us(head.turn) < time.time() * 1e6:
+            await self._inbox.patience.reach(lambda: self._inbox.journal.drop_late(self.turn_id))
+            head = await self._inbox.head(self.turn_id)
+        return head
+
     async def ended(self) -> Head:
         """Wait for a terminal state. Raises NotFoundError when the turn is gone."""
         bell = _Bell("state")
@@ -192,7 +199,7 @@ class Feed:
         try:
             while True:
                 bell.answer()
-                head = await self._inbox.head(self.turn_id)
+                head = await self._head()
                 if head.over:
                     return head
                 await bell.wait(self._inbox.look)

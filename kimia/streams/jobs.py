@@ -9,12 +9,12 @@ from typing import Any
 
 from kimia.stage import LLM, TOKENIZER, StageKind
 from kimia.streams import keys
-from kimia.streams.journal import job_class, milliseconds, next_stage, turn_keys
+from kimia.streams.journal import job_class, milliseconds, next_stage, too_late, turn_keys
 from kimia.streams.wire import Argument, Call, Wire, reached
 from kimia.v1.turn_pb2 import Chunk, Failure, Turn
 
-_DEADLINE_EXCEEDED = 4  # google.rpc.Code
-_INTERNAL = 13
+_INTERNAL = 13  # google.rpc.Code
+_BATCH_SHARE = 8  # claims of a worker of which one may be of a batch turn that was passed over for too long
 _FORGOTTEN = 86_400_000  # ms without a sign of life after which an idle consumer's name is removed
 
 
@@ -69,6 +69,7 @@ class Jobs:
         self._blocked = wire.blocking()
         self._tails: dict[str, str] = {}
         self._start = 0  # partitions take turns at being swept first
+        self._passed = 0  # claims while batch turns may have been passed over, since the last of those was taken
 
     async def prepare(self) -> None:
         """Make the groups, and forget consumers that are long dead."""
@@ -81,18 +82,17 @@ class Jobs:
     async def sweep(self, count: int) -> list[Claim]:
         """Take up to `count` turns that nobody has had, without waiting.
 
-        What was handed over comes first, then interactive turns, then batch. Turns that have ended, expired or gone
-        are dropped on the way.
+        What was handed over comes first, then interactive turns, then batch; but where the oldest batch turn has waited
+        for `batch_patience`, it is the next after what was handed over, in one of a worker's `_BATCH_SHARE` claims.
+        Turns that have ended, expired or gone are dropped on the way.
         """
         claims: list[Claim] = []
-        urgent = [(p, [*self._own(p), *self._classes(p)[:-1]]) for p in self._rotated()]
-        batch = [(p, self._classes(p)[-1:]) for p in self._rotated()]
-        for p, streams in (*urgent, *batch):
-            while len(claims) < count:
-                found, more = await self._take(p, streams, count - len(claims))
+        partitions = self._rotated()
+        for p, take in [(p, self._take_urgent) for p in partitions] + [(p, self._take_batch) for p in partitions]:
+            more = True
+            while more and len(claims) < count:
+                found, more = await take(p, count - len(claims))
                 claims += found
-                if not more:
-                    break
         return claims
 
     async def wait(self, timeout: float) -> None:
@@ -111,9 +111,25 @@ class Jobs:
                 claims += await self._claim_all(p, streams, answer)
         return claims
 
-    async def _take(self, p: str, streams: Sequence[str], wanted: int) -> tuple[list[Claim], bool]:
-        """Claims, and whether there may be more."""
-        answer = await self._wire.call("take", streams, [self._consumer, wanted, self._own_ttl()])
+    async def _take_urgent(self, p: str, wanted: int) -> tuple[list[Claim], bool]:
+        """All but batch turns, and one of these when it is due."""
+        handover, interactive, batch = self._classes(p)
+        due = [batch] if self._passed >= _BATCH_SHARE - 1 else []  # at most one: then it begins to count again
+        found, more = await self._take(p, [*self._own(p), handover, *due, interactive], wanted, due)
+        for claim in found:
+            self._passed = 0 if claim.job_key == batch else self._passed + 1
+        return found, more
+
+    async def _take_batch(self, p: str, wanted: int) -> tuple[list[Claim], bool]:
+        return await self._take(p, self._classes(p)[-1:], wanted)
+
+    async def _take(
+        self, p: str, streams: Sequence[str], wanted: int, due: Sequence[str] = ()
+    ) -> tuple[list[Claim], bool]:
+        """Claims, and whether there may be more. Of the stream `due` one is taken if it has waited for too long."""
+        args: list[Argument] = [self._consumer, wanted, self._own_ttl()]
+        args += [*due, milliseconds(self._wire.options.batch_patience)] if due else []
+        answer = await self._wire.call("take", streams, args)
         for stream, (tail, _) in zip(streams, answer, strict=True):
             self._tails[stream] = tail.decode()
         taken = sum(len(entries) for _, entries in answer)
@@ -131,7 +147,7 @@ class Jobs:
         names = [*turn_keys(p, turn_id), stream, keys.token(p, stage), keys.dlq(p, stage)]
         most = self._wire.options.max_deliveries
         identity: list[Argument] = [turn_id, self._consumer, entry, stage, self._kind.writes]
-        return names, [*identity, self._lease, most, self._gave_up(), self._too_late()]
+        return names, [*identity, self._lease, most, self._gave_up(), too_late(self._kind)]
 
     def _claim(self, answer: Sequence[Any]) -> Claim:
         _, token, spec, attempt, next_index, rewound, waited, stream, entry = answer
@@ -235,10 +251,6 @@ class Jobs:
         rule = f"the {self._kind.name} stage gave this turn up after {self._wire.options.max_deliveries} attempts"
         message = f"{rule}; its workers' logs say why"
         return Failure(code=_INTERNAL, reason="GAVE_UP", message=message).SerializeToString()
-
-    def _too_late(self) -> bytes:
-        message = f"the deadline passed before the {self._kind.name} stage had a free row; try again later"
-        return Failure(code=_DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED", message=message).SerializeToString()
 
 
 def _fence(claim: Claim) -> tuple[str, int, str]:

@@ -14,6 +14,8 @@ from kimia.v1.conversation_pb2 import Message
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Chunk, Failure, Turn
 
+_DEADLINE_EXCEEDED = 4  # google.rpc.Code
+
 State: TypeAlias = Literal["open", "running", "done", "cancelled", "error"]
 
 
@@ -159,6 +161,11 @@ class Journal:
         """End a turn with a failure. True if this call ended it."""
         return await self._finish(turn_id, "error", failure.SerializeToString())
 
+    async def drop_late(self, turn_id: str) -> bool:
+        """End a turn whose deadline has passed before a stage of it has begun. True if this call ended it."""
+        args = [word for kind in STAGES.values() for word in (kind.name, kind.writes, too_late(kind))]
+        return bool(await self._wire.call("drop", turn_keys(self._partition(turn_id), turn_id), [turn_id, *args]))
+
     async def _finish(self, turn_id: str, state: State, failure: bytes) -> bool:
         names = turn_keys(self._partition(turn_id), turn_id)
         return bool(await self._wire.call("finish", names, [turn_id, state, failure]) == b"ended")
@@ -234,6 +241,12 @@ def job_class(turn: Turn) -> str:
 def deadline_us(turn: Turn) -> int:
     """Microseconds since the epoch; 0 for none."""
     return turn.deadline.ToMicroseconds() if turn.HasField("deadline") else 0
+
+
+def too_late(kind: StageKind) -> bytes:
+    """The failure of a turn whose deadline has passed before a stage has begun."""
+    message = f"the deadline passed before the {kind.name} stage had a free row; try again later"
+    return Failure(code=_DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED", message=message).SerializeToString()
 
 
 def next_stage(turn: Turn, kind: StageKind) -> str:

@@ -41,6 +41,7 @@ class WireOptions:
     blob_ttl: float = 900.0
     lease: float = 2.0  # without a heartbeat for so long, a claim may be taken over
     max_deliveries: int = 3  # claims without a new chunk before a turn is given up
+    batch_patience: float = 10.0  # before a batch turn passes interactive ones: three stages of it fit any deadline
 
 
 @contextmanager

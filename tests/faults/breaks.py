@@ -101,6 +101,10 @@ FORGOTTEN = (
     fault("a request that is not recognised", "open", "idem and redis.call('GET', idem) or turn", "turn"),
     fault("a deletion without tombstone", "delete", "redis.call('SET', KEYS[4], 1, 'PX', ARGV[1])"),
     fault("a deletion that leaves a log", "delete", ", head .. ':tokens'"),
+    fault("a session that forgets a turn whose input lives", "open", "head, head .. ':input',", "head,"),
+    fault("a drop of what its worker begins", "drop", "not (s[5] and tonumber(s[4] or 0) > now)", "true"),
+    fault("a drop before the deadline", "drop", " or now <= deadline then", " then"),
+    fault("a drop of what has begun", "drop", " and tonumber(s[3] or 0) == 0"),
     fault("a session written over", "save", "if found ~= version then return {'conflict', found} end"),
 )
 
@@ -122,6 +126,7 @@ LEDGER = (
         "if life > 0 and not (ends and tonumber(ends) > now) then return 0 end",
     ),
     fault("a release that forgets a stage", "ledger_renew", "pools[#pools + 1] = stage end", "pools[2] = stage end"),
+    fault("a release that is not counted", "ledger_renew", "'ZADD', released, now,", "'ZADD', released, 0,"),
     fault(
         "a refusal that keeps a row",
         "ledger_reserve",

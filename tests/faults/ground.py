@@ -13,11 +13,14 @@ import redis.asyncio
 
 from kimia.streams import keys
 from kimia.streams.wire import Wire, WireOptions
+from tests.faults.breaks import broken, fault
 
 P = "{0}"  # the one partition
 OPTIONS = WireOptions(lease=600, max_deliveries=2)  # leases end when a rule says so, and never by themselves
 HOUR = 3600  # seconds
 STAGES = ("tokenizer", "llm", "detokenizer")
+# What happens at every 64th turn of a session happens here at every one.
+OFTEN = fault("expired turns are forgotten at once", "open", "FORGOTTEN_AT_ONCE = 64", "FORGOTTEN_AT_ONCE = 1")
 
 LOOK = """
 local found = {}
@@ -169,6 +172,7 @@ def ground_at(url: str) -> Iterator[Ground]:
     """A ground that is closed in the end."""
     ground = Ground(url)
     try:
-        yield ground
+        with broken(OFTEN):
+            yield ground
     finally:
         ground.close()

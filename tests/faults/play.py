@@ -310,9 +310,17 @@ class Play(RuleBasedStateMachine):
         demand(there == self.truth.sessions.get(session), "session", session, "is otherwise")
         named = keys.session_turns(P, session) in self.view
         demand(named == bool(self.truth.members.get(session)), "turns of session", session)
+        names = self.view[keys.session_turns(P, session)].value if named else []
+        lost = [turn for turn in self._turns_there(session) if turn.encode() not in names]
+        demand(not lost, lost, "would be left when the session is deleted")
         if session in self.truth.deleted:
             left = [name for name in self.view if name.startswith((f"{P}:turn:{session}.", f"{P}:session:{session}"))]
             demand(not left, left, "came back after deletion")
+
+    def _turns_there(self, session: str) -> set[str]:
+        """Turns of a session of which anything is left."""
+        start = keys.head(P, f"{session}.")
+        return {name.removeprefix(f"{P}:turn:").partition(":")[0] for name in self.view if name.startswith(start)}
 
     # ---- the end: everything that was begun converges -------------------------------------------------------------
 

@@ -120,6 +120,15 @@ class Protocol(Play):
             self.ground.forget(keys.head(P, turn), *(keys.log(P, turn, log) for log in logs))
             found.vanish(logs)
 
+    @rule(turn=turns)
+    def look(self, turn: str) -> None:
+        """Whoever follows a turn sees that its deadline has passed."""
+        found = self.truth.turns.get(turn)
+        late = found is not None and found.is_late
+        demand(self.ground.run(self.journal.drop_late(turn)) == late, "dropped" if not late else "not dropped", turn)
+        if found and late:
+            found.end("error", "DEADLINE_EXCEEDED")
+
     @rule(session=st.sampled_from(SESSIONS), behind=st.booleans())
     def save(self, session: str, behind: bool) -> None:
         found, _ = self.truth.sessions.get(session, (0, b""))

@@ -197,13 +197,36 @@ def features_are_gone(stage: Stage) -> None:
 
 def the_deadline_passes(stage: Stage) -> None:
     words = {"session": "s1", "route": TEXT, "key": "", "batch": False, "whole": True}
-    stage.open(deadline="far", **words)
+    turn = stage.open(deadline="far", **words)
     worker = stage.take()
     stage.say(worker)
     stage.clock_jumps(hours=2)
+    stage.look(turn=turn)
     stage.say_all(stage.taken_over(worker, 2))  # it has begun to speak
     stage.open(deadline="past", **words)
     assert not stage.sweep(pick=0, number=1, count=1).values
+
+
+def the_deadline_passes_and_no_worker_is_there(stage: Stage) -> None:
+    words = {"session": "s1", "route": SPOKEN, "key": "", "batch": False, "whole": True}
+    runs = stage.open(deadline="far", **words)
+    worker = stage.take()
+    waits = stage.open(deadline="far", **words)
+    for turn in (waits, runs):
+        stage.look(turn=turn)
+    stage.compare()
+    stage.clock_jumps(hours=2)
+    stage.look(turn=waits)
+    assert stage.truth.turns[waits].reason == "DEADLINE_EXCEEDED"
+    stage.compare()
+    stage.heartbeat(attempt=worker)
+    stage.look(turn=runs)  # its worker lives
+    assert not stage.truth.turns[runs].over
+    stage.say(worker)
+    stage.look(turn=runs)  # the detokenizer has not begun, and nobody is there to begin
+    assert stage.truth.turns[runs].over
+    stage.compare()
+    stage.say(worker)
 
 
 def orchestrators_disagree(stage: Stage) -> None:
@@ -240,6 +263,19 @@ def input_outlives_its_turn(stage: Stage) -> None:
     stage.open_again(turn=turn, reader="o1")
     stage.compare()
     stage.all_of(worker)
+
+
+def a_session_forgets_what_is_gone_and_nothing_else(stage: Stage) -> None:
+    """Another turn of the session is opened when one is gone altogether, and one but for its input."""
+    for how in ("expired", "expired but for its input"):
+        turn = stage.ask(route=TEXT)
+        stage.say_all(stage.take())
+        stage.lose(turn=turn, how=how)
+        stage.compare()
+    turn = stage.ask(route=TEXT)
+    stage.compare()
+    stage.lose(turn=turn, how="deleted")
+    stage.compare()
 
 
 def a_fail_over_loses_a_claim(stage: Stage) -> None:
@@ -311,8 +347,10 @@ SCENES: tuple[Callable[[Stage], None], ...] = (
     a_cancelled_turn_waits,
     features_are_gone,
     the_deadline_passes,
+    the_deadline_passes_and_no_worker_is_there,
     orchestrators_disagree,
     input_outlives_its_turn,
+    a_session_forgets_what_is_gone_and_nothing_else,
     a_fail_over_loses_a_claim,
     a_fail_over_loses_chunks,
     a_fail_over_loses_what_a_later_stage_has_read,

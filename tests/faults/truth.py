@@ -150,6 +150,14 @@ class TurnTruth:
         """The deadline has passed, and the stage has not begun."""
         return self.time_left is not None and self.time_left < 0 and not self.logs[kind.writes]
 
+    @property
+    def is_late(self) -> bool:
+        """A stage that has not begun waits for it, no worker of that stage lives, and the deadline has passed."""
+        return any(
+            self.waits_for(name) and self.dropped_at(STAGES[name]) and not (found.claim is not None and found.live)
+            for name, found in self.stages.items()
+        )
+
     def held(self, stage: str, number: int) -> bool:
         """Attempt `number` is the one that may write."""
         return self.exists and self.stages[stage].claim == number

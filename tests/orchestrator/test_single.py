@@ -1,15 +1,18 @@
 import asyncio
+import time
 
 import grpc
 import pytest
 
 from kimia.errors import CapacityError, NotFoundError, RequestError, StateError
 from kimia.runtime.fake import TOKEN_OFFSET, read_pcm
+from kimia.stage import DETOKENIZER
 from kimia.status import from_rpc_error
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, STOP_REASON_AUDIO_EOD, STOP_REASON_TEXT_EOS, Failure
+from orchestrator.desk import Limits
 from orchestrator.sound import OutputSound
 from tests.orchestrator.world import (
     ENDLESS,
@@ -114,6 +117,27 @@ async def test_batch_turns_are_served(world):
     events = await world.generate(asks(), options=TEXT_ONLY, job_class=JOB_CLASS_BATCH, session_id="s")
     assert events[-1].HasField("done")
     assert (await world.spec(events[0].turn_id)).job_class == JOB_CLASS_BATCH
+
+
+async def test_a_turn_has_the_deadline_of_its_request(world):
+    await world.begin()
+    for timeout, longest in ((30, 31), (3600, 121)):
+        stream = world.stub.Generate(pb.GenerateRequest(messages=[asks()], session_id=f"s{timeout}"), timeout=timeout)
+        spec = await world.spec((await stream.read()).event.turn_id)
+        assert longest - 11 < spec.deadline.ToNanoseconds() / 1e9 - time.time() < longest
+        stream.cancel()
+
+
+async def test_a_turn_that_no_worker_takes_ends_at_its_deadline(world):
+    """Its llm runs, and nobody is left to speak."""
+    await world.begin(limits=Limits(turn_seconds=0.3))
+    await world.kill(next(worker for worker in world.running if worker.kind is DETOKENIZER))
+    events = await world.generate(asks(), session_id="s")
+    assert kinds(events)[-1] == "failed"
+    assert (events[-1].failed.reason, events[-1].failed.code) == ("DEADLINE_EXCEEDED", 4)
+    assert "detokenizer" in events[-1].failed.message
+    await world.afterwards()
+    assert set((await world.reserved()).values()) == {0}
 
 
 async def test_a_failed_turn_says_why(world):

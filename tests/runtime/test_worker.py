@@ -11,7 +11,7 @@ from kimia.streams import keys
 from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.conversation_pb2 import Message, Spoken
-from kimia.v1.turn_pb2 import Chunk
+from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Chunk
 from tests.runtime.workers import ROUTE, House, computed, content, eventually, heard, input_log, new_turn, sound
 
 pytestmark = pytest.mark.unit
@@ -88,6 +88,20 @@ async def test_more_turns_than_rows_wait_their_turn(house):
     turns = [new_turn(heard(0)) for _ in range(6)]
     await asyncio.gather(*(house.ask(turn, input_log((0, sound(5)))) for turn in turns))
     assert [(await house.ended(turn.id)).state for turn in turns] == ["done"] * 6
+
+
+async def test_a_batch_turn_is_not_starved_by_interactive_ones(valkey_url):
+    wire = await Wire.connect(valkey_url, options=WireOptions(lease=LEASE, batch_patience=0))
+    async with House(wire) as house:
+        patient = new_turn(route=[LLM], job_class=JOB_CLASS_BATCH)
+        turns = [new_turn(route=[LLM]) for _ in range(24)]
+        for turn in (patient, *turns):
+            await house.ask(turn)
+        house.start(FakeLanguageModel(QUICK), rows=1)
+        claimed = [(await house.ended(turn.id)).stages["llm"].claimed for turn in turns]
+        batch = (await house.ended(patient.id)).stages["llm"].claimed
+        assert sum(at < batch for at in claimed) == 7
+    await wire.aclose()
 
 
 async def test_rows_that_others_hold_are_not_claimed(house, wire):

@@ -1,6 +1,7 @@
 """One blocked read wakes every feed, and no pointer that is lost hangs a turn."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -98,6 +99,31 @@ async def test_many_turns_and_logs_are_followed_at_once(inbox, writer):
     for feed in feeds:
         feed.close()
     assert inbox._feeds == {}
+
+
+async def test_who_follows_a_turn_drops_it_when_its_deadline_has_passed_and_it_has_not_begun(inbox, writer):
+    waits, runs = [Turn(id=f"{name}.1", session_id=name, route=[LLM.number]) for name in ("waits", "runs")]
+    for turn in (runs, waits):
+        turn.deadline.FromMicroseconds(round(1e6 * (time.time() + 100)))
+        opened = await writer.journal.open_turn(turn, "me")
+        await writer.journal.submit(turn, opened.token)
+        if turn is runs:
+            (writer.claims[turn.id],) = await writer.jobs.sweep(1)
+        turn.deadline.seconds = 1
+        partition = keys.partition_of(turn.session_id, writer.wire.options.partitions)
+        late = {"deadline": 1, "turn": turn.SerializeToString()}
+        await writer.wire.journal.hset(keys.head(partition, turn.id), mapping=late)
+    with inbox.feed(waits.id) as feed:
+        head = await feed.ended()
+        assert (head.state, head.failure.reason) == ("error", "DEADLINE_EXCEEDED")
+        assert await indices(feed) == []
+    with inbox.feed(runs.id) as feed:
+        read = asyncio.create_task(indices(feed))
+        for index in range(2):
+            await asyncio.sleep(0)
+            await writer.publish(runs.id, index, final=index == 1)
+        assert await read == [0, 1]
+        assert (await feed.ended()).state == "done"
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "error", "done"])

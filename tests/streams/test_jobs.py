@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from itertools import cycle, pairwise
 
 import pytest
 
@@ -683,6 +684,56 @@ async def test_interactive_turns_of_all_partitions_come_before_batch(valkey_url)
     found = [claim.turn.session_id for _ in range(12) for claim in await worker.sweep(1)]
     assert sorted(found[:6]) == [f"a{number}" for number in range(6)]
     assert sorted(found[6:]) == [f"b{number}" for number in range(6)]
+    await world.wire.aclose()
+
+
+SHARE = 8  # claims of which one may be of a batch turn that has waited for too long
+
+
+async def rush(url, interactive, batch, **options):
+    """A worker before turns of both classes, the batch turns having come first."""
+    world = World(await Wire.connect(url, options=WireOptions(lease=600, **options)))
+    for number in range(batch):
+        await world.submitted(new_turn(f"b{number}", job_class=JOB_CLASS_BATCH))
+    for number in range(interactive):
+        await world.submitted(new_turn(f"a{number}"))
+    return world, await world.worker()
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+@pytest.mark.parametrize("counts", [[1], [3], [5, 1, 2], [SHARE], [20]], ids=str)
+async def test_batch_turns_that_waited_for_too_long_get_their_share_and_no_more(journal_url, counts, partitions):
+    world, worker = await rush(journal_url, interactive=60, batch=20, batch_patience=0, partitions=partitions)
+    found = []
+    for count in cycle(counts):
+        claims = await worker.sweep(count)
+        assert len(claims) == count  # nobody's share is left unused
+        found += [claim.turn.session_id for claim in claims]
+        if len(found) >= 5 * SHARE:
+            break
+    places = [place for place, session in enumerate(found) if session.startswith("b")]
+    steps = [after - before for before, after in pairwise([-1, *places])]
+    assert SHARE <= min(steps) <= max(steps) < SHARE + max(counts)
+    for p in range(partitions):  # each class of each partition in its order
+        for name in "ab":
+            own = [int(s[1:]) for s in found if s[0] == name and keys.partition_of(s, partitions) == f"{{{p}}}"]
+            assert own == sorted(own)
+    await world.wire.aclose()
+
+
+async def test_batch_turns_wait_while_they_are_new(journal_url):
+    world, worker = await rush(journal_url, interactive=3 * SHARE, batch=1)
+    found = [claim.turn.session_id for _ in range(3 * SHARE + 1) for claim in await worker.sweep(1)]
+    assert found[-1] == "b0"
+    await world.wire.aclose()
+
+
+async def test_what_was_handed_over_comes_before_a_batch_turn_that_has_waited(journal_url):
+    world, worker = await rush(journal_url, interactive=2 * SHARE, batch=1, batch_patience=0)
+    claims = await worker.sweep(SHARE - 1)
+    await worker.release(claims[0])
+    found = [claim.turn.session_id for _ in range(3) for claim in await worker.sweep(1)]
+    assert found == [claims[0].turn.session_id, "b0", f"a{SHARE - 1}"]
     await world.wire.aclose()
 
 

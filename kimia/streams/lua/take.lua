@@ -1,17 +1,29 @@
 -- Take jobs that nobody has had, stream after stream in the order given, never more than wanted.
 -- KEYS   job streams of one stage
--- ARGV   consumer, how many, ttl of a worker's own stream (ms)
+-- ARGV   consumer, how many, ttl of a worker's own stream (ms), [the stream of which nothing is taken but the oldest
+--        entry, and that only if it has waited for so long (ms)]
 -- answer per stream {id to wait behind, {{entry id, fields}, ...}}; the id is 0-0 where more may lie
-local consumer, wanted, ttl = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local consumer, wanted, ttl, patient, age = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
+
+-- How many entries of a stream may be taken now.
+local function limit(stream)
+  if stream ~= patient or wanted == 0 then return wanted end
+  local known = redis.call('EXISTS', stream) == 1 and redis.call('XINFO', 'GROUPS', stream)[1]
+  local last = known and record(known)['last-delivered-id'] or '0-0'
+  local oldest = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+  return oldest and clock() / 1000 - string.match(oldest[1], '^%d+') >= tonumber(age) and 1 or 0
+end
+
 local answer = {}
 for i, stream in ipairs(KEYS) do
   local entries, tail = {}, '0-0'
-  if wanted > 0 then
-    local got = grouped(stream, 'XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', wanted, 'STREAMS', stream, '>')
+  local most = limit(stream)
+  if most > 0 then
+    local got = grouped(stream, 'XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', most, 'STREAMS', stream, '>')
     entries = got and got[1][2] or {}
     wanted = wanted - #entries
   end
-  if wanted > 0 then
+  if wanted > 0 and stream ~= patient then
     local last = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 1)
     tail = last[1] and last[1][1] or tail
   end
