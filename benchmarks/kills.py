@@ -22,9 +22,9 @@ PARTS = ("tokenizer", "llm", "detokenizer", "orchestrator", "store")
 
 @dataclass(frozen=True)
 class Kill:
-    """One process of a part is killed `at` seconds after the start; `draw` chooses among its processes, in [0, 1)."""
+    """One process of a part is killed; `draw` chooses among its processes, in [0, 1)."""
 
-    at: float
+    at: float  # seconds from the start, or whatever else a run is measured by
     part: str
     draw: float
 
@@ -38,7 +38,7 @@ class Death:
 
 
 def draw(seed: int, count: int, every: float, parts: Sequence[str] = PARTS) -> list[Kill]:
-    """So many kills, one at a random moment of each `every` seconds, spread evenly over the parts."""
+    """So many kills, one at a random moment of each stretch `every`, spread evenly over the parts."""
     chance = random.Random(seed)
     victims = [parts[number % len(parts)] for number in range(count)]
     chance.shuffle(victims)
@@ -50,18 +50,17 @@ def carry_out(
     processes: Callable[[], Mapping[str, int]],
     tell: Callable[[Death], None],
     stop: threading.Event,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Kill at the given times, with SIGKILL, until told to stop. `processes`: pids by name ("llm.2") of what lives.
+    """Kill with SIGKILL when the clock has come so far, until told to stop. `processes`: pids by name of what lives.
 
     A part of which nothing lives is waited for, so that every kill really kills.
     """
-    begun, killed = time.monotonic(), set[int]()
+    begun, killed = clock(), set[int]()
     for kill in kills:
-        stop.wait(max(begun + kill.at - time.monotonic(), 0.0))
-        while not (living := _living(kill.part, processes(), killed)) and not stop.wait(LOOK_SECONDS):
-            pass
-        if stop.is_set():
-            return
+        while clock() - begun < kill.at or not (living := _living(kill.part, processes(), killed)):
+            if stop.wait(LOOK_SECONDS):
+                return
         name = sorted(living)[int(kill.draw * len(living))]
         os.kill(living[name], signal.SIGKILL)
         killed.add(living[name])

@@ -14,6 +14,7 @@ from kimia.cli.supervise import Console, Part, Supervisor
 
 TWO_EACH = ("--port", "0", "--replicas", *(f"{stage}=2" for stage in up.STAGES))
 STORE = "valkey"
+INTERRUPTED = 130
 
 
 @dataclass
@@ -47,10 +48,14 @@ class Service:
         self.change(disturbed)
 
     async def run(self, work: Callable[[], Awaitable[int]]) -> None:
-        """Start everything, do the work, stop everything. Who was killed starts again at once: it was no crash."""
+        """Start everything, do the work, stop everything. Who was killed starts again at once: it was no crash.
+
+        Raises KeyboardInterrupt after a signal.
+        """
         self.supervisor = Supervisor(self.parts, Console(self.said, []))
         with patch.object(supervise, "LONGEST_PAUSE", supervise.FIRST_PAUSE):
-            await self.supervisor.run(work)
+            if await self.supervisor.run(work, interrupted=INTERRUPTED) == INTERRUPTED:
+                raise KeyboardInterrupt
 
     def errors(self) -> list[str]:
         """Lines that processes have logged as errors."""
