@@ -13,6 +13,7 @@ from dataclasses import replace
 from kimia.client import AsyncKimia
 from kimia.runtime.fake import FakeTiming, build
 from kimia.runtime.rows import Rows
+from kimia.runtime.settings import Settings
 from kimia.runtime.worker import Worker
 from kimia.stage import STAGES
 from kimia.streams.patience import end
@@ -133,7 +134,7 @@ class Fleet:
         wire = await wire_of(injector).connect(self._url, options=OPTIONS)
         stack.push_async_callback(wire.aclose)
         with disturbed_server(injector):
-            host = Host(wire, place, WINDOW, Limits())
+            host = Host(wire, place, WINDOW, Limits(), Settings(listen="127.0.0.1:0"))
         await stack.enter_async_context(host.running())
         self._targets.append(host.target)
 
