@@ -15,6 +15,7 @@ from training.voices import HEARING_RATE
 PHONE_RATE = 8_000  # Hz
 MU = 255.0
 MOST_PEAK = 0.99
+EASY_LENGTH = 4096  # a Fourier transform of a length with large prime factors takes ten times as long
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def mu_law_8k(wave: np.ndarray) -> np.ndarray:
     levels = np.rint(squeezed * 127.5) / 127.5  # 8 bits
     opened = np.sign(levels) * np.expm1(np.abs(levels) * np.log1p(MU)) / MU
     wide = soxr.resample(opened.astype(np.float32), PHONE_RATE, HEARING_RATE, quality="HQ")
-    return np.pad(wide[: len(wave)], (0, max(0, len(wave) - len(wide))))
+    return np.pad(wide[: len(wave)], (0, max(0, len(wave) - len(wide)))).clip(-1.0, 1.0)  # filters overshoot
 
 
 def resampled(wave: np.ndarray, pace: float) -> np.ndarray:
@@ -58,9 +59,10 @@ def resampled(wave: np.ndarray, pace: float) -> np.ndarray:
 
 def noise(rng: np.random.Generator, samples: int) -> np.ndarray:
     """Noise of unit power and random colour, (S,) float32."""
-    white = np.fft.rfft(rng.standard_normal(samples))
+    drawn = -(-samples // EASY_LENGTH) * EASY_LENGTH
+    white = np.fft.rfft(rng.standard_normal(drawn))
     slope = rng.uniform(0.0, 1.0)  # white to pink
-    coloured = np.fft.irfft(white / np.maximum(np.arange(len(white)), 1.0) ** (slope / 2), samples)
+    coloured = np.fft.irfft(white / np.maximum(np.arange(len(white)), 1.0) ** (slope / 2), drawn)[:samples]
     return (coloured / max(1e-9, float(coloured.std()))).astype(np.float32)
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from training.corpus import Clip
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing, letters_loss
+from training.loop import fast_products
 from training.scores import CLASSES, error_rate, greedy
 
 KERNEL = 5  # of the head's convolutions
@@ -38,6 +39,7 @@ class Weights:
 
     letters: float = 1.0
     lesson: float = 2.0
+    choice: float = 1.0
     mel: float = 2.0
     commit: float = 0.5
     shape: float = 0.1
@@ -52,7 +54,6 @@ class Recipe:
     weights: Weights = Weights()
     decay: float = 0.99  # of the codebook's moving averages
     restart_every: int = 50  # steps
-    bfloat16: bool = False
 
 
 class Head(nn.Module):
@@ -145,7 +146,7 @@ class CodeTraining(nn.Module):
         weights = self.recipe.weights
         real = batch.frames[:, ::FRAMES_PER_TOKEN]
         codes, commit = self._quantised(hidden, real, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+        with fast_products():
             letters, mel = self.head(codes)
         inside = hidden[real]
         shape = inside.mean(-1).square().mean() + (inside.var(-1) - 1).square().mean()

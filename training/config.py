@@ -53,16 +53,15 @@ MICRO = Preset(
         "num_audio_special_tokens": 32,
     },
     whisper=ENCODER,
-    vq=ENCODER
-    | {"d_model": 128, "encoder_ffn_dim": 512}
+    vq=ENCODER  # the same widths: it begins with the continuous encoder's weights
     | {"pooling_position": 4, "quantize_position": 4, "quantize_causal_block_size": BLOCK_FRAMES},
     flow={"hidden_size": 192, "depth": 4, "num_heads": 3},
     vocoder={
         "upsample_rates": [5, 4, 4, 3, 2],
         "upsample_kernel_sizes": [9, 8, 8, 5, 4],
-        "upsample_initial_channel": 160,
-        "resblock_kernel_sizes": [3, 7],
-        "resblock_dilation_sizes": [[1, 3, 5]] * 2,
+        "upsample_initial_channel": 192,
+        "resblock_kernel_sizes": [7],
+        "resblock_dilation_sizes": [[1, 3, 5]],
     },
 )
 

@@ -117,10 +117,10 @@ def load_clip(folder: Path, item: Item, number: int) -> Clip:
     return Clip(item, np.clip(np.rint(padded * 2**15), -(2**15), 2**15 - 1).astype(np.int16))
 
 
-def load_clips(folder: Path, split: str, voice: str | None = None, limit: int | None = None) -> list[Clip]:
+def load_clips(folder: Path, split: str, voice: str | None = None) -> list[Clip]:
     """Clips of one split, of one voice where named, in the list's order."""
     items = enumerate(read_list(folder), 1)
-    wanted = [(n, item) for n, item in items if item.split == split and voice in (None, item.voice)][:limit]
+    wanted = [(n, item) for n, item in items if item.split == split and voice in (None, item.voice)]
     packed = _unpacked(folder)
     return [
         Clip(item, packed[item]) if item in packed else load_clip(folder, item, n)
@@ -128,11 +128,11 @@ def load_clips(folder: Path, split: str, voice: str | None = None, limit: int | 
     ]
 
 
-def balanced(clips: Sequence[Clip], limit: int | None) -> list[Clip]:
-    """The first `limit` clips of the speaker and as many of callers; None for all."""
-    speaker = [clip for clip in clips if clip.item.voice == SPEAKER.name]
-    callers = [clip for clip in clips if clip.item.voice != SPEAKER.name]
-    return [*speaker[:limit], *callers[:limit]]
+def balanced(clips: Sequence[Clip], speaker: int | None, callers: int | None) -> list[Clip]:
+    """The first `speaker` clips of the speaking voice and the first `callers` of callers; None for all."""
+    spoken = [clip for clip in clips if clip.item.voice == SPEAKER.name]
+    called = [clip for clip in clips if clip.item.voice != SPEAKER.name]
+    return [*spoken[:speaker], *called[:callers]]
 
 
 GROUPS = ("speaker", "callers", "strangers")

@@ -24,11 +24,10 @@ from kimia.model.config import EncoderConfig, FeatureConfig
 from kimia.model.whisper import WhisperFeatures
 from kimia.model.writing import write_safetensors
 from training.config import trainer_configs
-from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
+from training.corpus import GROUPS, Clip, held_out
 from training.hearing import (
     EVENTS,
     FRAMES_PER_TOKEN,
-    TAUGHT_EVERY,
     Batch,
     Hearing,
     events_loss,
@@ -36,9 +35,10 @@ from training.hearing import (
     letters_loss,
 )
 from training.initial import initialise
-from training.loop import Loop, Plan, averaged_weights
+from training.loop import Loop, Plan, averaged_weights, fast_products
 from training.scores import CLASSES, error_rate, greedy
-from training.teacher import TEACHER_WIDTH, load_teacher
+from training.states import taught_clips
+from training.teacher import TEACHER_WIDTH
 
 FOLDER = "whisper-large-v3"  # in a checkpoint
 
@@ -68,8 +68,9 @@ class EncoderTraining(nn.Module):
 
     def states(self, mel: Tensor) -> Tensor:
         """Whole segments (B, M, T) -> (B, T / 2, d)."""
-        states: Tensor = self.whisper.encoder(mel).last_hidden_state
-        return states
+        with fast_products():
+            states: Tensor = self.whisper.encoder(mel).last_hidden_state
+        return states.float()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The named losses of a step, weighted."""
@@ -115,13 +116,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--limit", type=int, help="clips of the speaker, and as many of callers")
-    parser.add_argument("--taught-every", type=int, default=TAUGHT_EVERY, help="clips, of which the teacher hears one")
     options = parser.parse_args()
     configs = trainer_configs()
     training = EncoderTraining(configs.whisper, configs.whisper_features)
-    clips = balanced(load_clips(options.corpus, "train"), options.limit)
-    hearing = Hearing(clips, load_teacher(), configs.whisper_features, configs, 2, options.taught_every)
+    hearing = Hearing(*taught_clips(options.corpus), configs.whisper_features, configs, seed=2)
     plan = Plan(options.steps, options.rate, seconds=options.seconds)
     Loop(
         "encoder", training, lambda step: training.losses(hearing.windows(step, options.batch)), plan, options.run

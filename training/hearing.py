@@ -25,14 +25,14 @@ from training.config import MicroConfigs
 from training.corpus import Clip
 from training.scores import BLANK, letter_ids
 from training.sounds import SOUNDS, sound
-from training.teacher import TEACHER_WIDTH, Teacher
+from training.states import States
+from training.teacher import TEACHER_WIDTH
 from training.voices import SPEAKER
 
 TOKEN_SAMPLES = 1280  # at the hearing rate
 FRAME_SAMPLES = 320
 FRAMES_PER_TOKEN = TOKEN_SAMPLES // FRAME_SAMPLES
 NEIGHBOURS = 96  # clips of like length that a batch is drawn from
-TAUGHT_EVERY = 10  # clips, of which the teacher hears one: it costs as much as a pupil's whole step
 EVENTS = ("speech", *SOUNDS)
 EVENT_CHANCE = 0.12  # that a window's next piece is a sound event
 ALONE_CHANCE = 0.3  # that a window has one piece, then silence, as in use
@@ -67,18 +67,15 @@ class Hearing:
     def __init__(
         self,
         clips: Sequence[Clip],
-        teacher: Teacher | None,
+        taught: States | None,
         features: FeatureConfig,
         configs: MicroConfigs,
         seed: int,
-        taught_every: int = TAUGHT_EVERY,
     ) -> None:
         self.clips = sorted(clips, key=lambda clip: clip.tokens)
-        self.teacher, self.vocoder, self.flow, self.seed = teacher, configs.vocoder, configs.flow, seed
-        self.taught_every = taught_every
+        self.taught, self.vocoder, self.flow, self.seed = taught, configs.vocoder, configs.flow, seed
         self.segment = features.segment_samples
         self.log_mel = LogMel(features)
-        self._taught: dict[int, Tensor] = {}  # (J, D) float16 by clip
         self._spoken: dict[int, Tensor] = {}
 
     # ---- one clip a row: for the tokenizer, which pads no more than it must ----
@@ -158,12 +155,10 @@ class Hearing:
     # ---- targets ----
 
     def _lesson(self, index: int, samples: int, pace: float) -> Tensor | None:
-        """The teacher's states at the pace of the changed clip, (J, D); None for clips that it does not hear."""
-        if self.teacher is None or index % self.taught_every:
+        """The teacher's states at the pace of the changed clip, (J, D); None without a teacher."""
+        if self.taught is None:
             return None
-        if index not in self._taught:
-            self._taught[index] = self.teacher.hear(self.clips[index].heard()[: self.segment]).half()
-        states = self._taught[index].float()
+        states = self.taught(self.clips[index]).float()
         frames = -(-samples // FRAME_SAMPLES)
         if pace == 1.0:
             return states[:frames]

@@ -209,6 +209,11 @@ class Loop:
         return True
 
 
+def fast_products() -> torch.autocast:
+    """bfloat16 products where the processor has tiles for them (a third of the time there), float32 elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
+
+
 def averaged_weights(folder: Path, module: nn.Module) -> nn.Module:
     """Fill a module with the averaged weights of a run's folder. Raises CheckpointError."""
     path = folder / STATE

@@ -1,6 +1,6 @@
 """Can one codebook be both robust to speakers and spoken from? The teacher's states answer before any encoder exists.
 
-    python -m training.study --corpus FOLDER --run FOLDER --mel 2 --limit 1000
+    python -m training.study --corpus FOLDER --run FOLDER --mel 2
 
 A linear layer on Whisper tiny.en's own states (pooled to 12.5 Hz) feeds the codebook and heads of `training.codebook`.
 Nothing of this is shipped. It bounds what a pupil of that teacher can reach with 512 codes, at a tenth of the cost.
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from kimia.errors import ParameterError
 from kimia.model.vq import pool
 from training.codebook import CodeTraining, Recipe, Weights, judge
-from training.config import trainer_configs
-from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
+from training.config import MicroConfigs, trainer_configs
+from training.corpus import GROUPS, Clip, held_out
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing
 from training.listening import griffin_lim, word_errors
 from training.loop import Loop, Plan, averaged_weights
 from training.scores import ErrorRate
+from training.states import taught_clips
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
 
@@ -46,6 +47,13 @@ class TaughtCodes(CodeTraining):
     def codes_of(self, clip: Clip, teacher: Teacher) -> Tensor:
         """The codes of a clip, (K,)."""
         return self.book.nearest(self.hidden(teacher.hear(clip.heard())[None])[0])
+
+
+def load_study(folder: Path, configs: MicroConfigs) -> TaughtCodes:
+    """What a run of the study has learned. Raises CheckpointError."""
+    study = TaughtCodes(configs.vq.codebook_size, configs.vq.encoder.d_model, configs.flow.mel_bins, Recipe(0))
+    averaged_weights(folder, study)
+    return study
 
 
 @torch.no_grad()
@@ -76,7 +84,6 @@ def main() -> None:
     parser.add_argument("--continuous", type=int, default=500)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
-    parser.add_argument("--limit", type=int, default=1000, help="clips of the speaker, and as many of callers")
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--listen", type=int, default=0, help="clips of the speaker that the judge listens to")
     options = parser.parse_args()
@@ -84,9 +91,8 @@ def main() -> None:
     recipe = Recipe(options.continuous, 16, Weights(mel=options.mel))
     width = configs.vq.encoder.d_model
     training = TaughtCodes(configs.vq.codebook_size, width, configs.flow.mel_bins, recipe)
-    clips = balanced(load_clips(options.corpus, "train"), options.limit)
     teacher = load_teacher()
-    hearing = Hearing(clips, teacher, configs.vq_features, configs, seed=1, taught_every=1)
+    hearing = Hearing(*taught_clips(options.corpus), configs.vq_features, configs, seed=1)
     plan = Plan(options.steps, options.rate)
     Loop(
         "study", training, lambda step: training.losses(hearing.batch(step, recipe.batch), step), plan, options.run

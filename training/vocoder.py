@@ -4,6 +4,8 @@
 
 Notes
 - Half of the mels are disturbed a little, so that the mels of the flow model do not surprise it.
+- The low-pass filters around every Snake cost more than the rest of a step together. The first steps do without them;
+  then the filters, which serving always has, are learned with at the low end of the learning rate.
 - An earlier study on such a machine found: learning rate at most 4e-4, clip at 3, averaged weights; the loss falls for
   hours. Adversarial training is not here yet.
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kimia.model.bigvgan import BigVGAN, mel_spectrogram
+from kimia.model.bigvgan import Activation, BigVGAN, mel_spectrogram
 from kimia.model.checkpoint import ARCHIVE, Source, Stored
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.random_weights import _lowpass
@@ -39,14 +41,15 @@ PIECE_FRAMES = 32  # of one training piece, 0.64 s
 DISTURBED = 0.5  # share of the pieces
 DISTURBANCE = 0.08  # standard deviation, of normalised mels
 MEL_WEIGHT = 1.0
+PLAIN_SHARE = 0.75  # of the steps: before the filters come in
 
 
 class VocoderTraining(nn.Module):
     """The vocoder and its losses."""
 
-    def __init__(self, config: VocoderConfig, flow: FlowConfig) -> None:
+    def __init__(self, config: VocoderConfig, flow: FlowConfig, plain_steps: int = 0) -> None:
         super().__init__()
-        self.config, self.flow = config, flow
+        self.config, self.flow, self.plain_steps = config, flow, plain_steps
         self.vocoder = BigVGAN(config)
         _begin(self.vocoder)
 
@@ -57,6 +60,7 @@ class VocoderTraining(nn.Module):
         mel, wave = torch.stack(mels), torch.stack(waves)  # (B, T, M), (B, S)
         disturbed = (torch.rand(len(mel), 1, 1, generator=generator) < DISTURBED) * DISTURBANCE
         heard = mel + disturbed * torch.randn(mel.shape, generator=generator)
+        filtered(self.vocoder, step >= self.plain_steps)
         made = self.vocoder((heard * self.flow.mel_std + self.flow.mel_mean).transpose(1, 2))
         return {"mel": MEL_WEIGHT * self.mel_error(made, wave), "spectra": spectra_error(made, wave)}
 
@@ -76,6 +80,15 @@ class VocoderTraining(nn.Module):
             for left, right in zip(made, wave, strict=True)
         ]
         return torch.stack([F.l1_loss(left, right) for left, right in pairs]).mean()
+
+
+def filtered(vocoder: BigVGAN, filters: bool) -> None:
+    """Let every Snake work at twice the rate between its filters, as in serving, or without them."""
+    for layer in vocoder.modules():
+        if isinstance(layer, Activation):
+            layer.__dict__.pop("forward", None)
+            if not filters:
+                layer.forward = layer.act.forward  # type: ignore[method-assign]
 
 
 def spectra_error(made: Tensor, wave: Tensor) -> Tensor:
@@ -144,7 +157,7 @@ def main() -> None:
     configs = trainer_configs()
     clips = load_clips(options.corpus, "train", SPEAKER.name)
     speaking = Speaking(clips, None, configs.flow, configs.vocoder, seed=4)
-    training = VocoderTraining(configs.vocoder, configs.flow)
+    training = VocoderTraining(configs.vocoder, configs.flow, int(PLAIN_SHARE * options.steps))
     plan = Plan(options.steps, options.rate, clip=3.0, seconds=options.seconds)
     Loop(
         "vocoder", training, lambda step: training.losses(speaking.batch(step, options.batch), step), plan, options.run

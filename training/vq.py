@@ -1,9 +1,10 @@
 """The semantic tokenizer: one codebook that hears every caller and can be spoken from.
 
-    python -m training.vq --corpus FOLDER --run FOLDER [--mel WEIGHT] [--start RUN]
+    python -m training.vq --corpus FOLDER --study RUN --encoder RUN --run FOLDER
 
-The network is the release's (`kimia.model.vq`), trained from nothing: its codes by `training.codebook`, its states by
-what the teacher hears.
+The network is the release's (`kimia.model.vq`). It begins with the continuous encoder's weights, which hear already,
+and with the codes of `training.study`, which both letters and speech can be read from; it learns to choose the code
+that the teacher's states choose. The codebook then follows its own states.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from kimia.errors import CheckpointError
 from kimia.model.checkpoint import SINGLE_FILE, VQ_TOKENIZER, Stored
 from kimia.model.config import FeatureConfig, FlowConfig, VQConfig
 from kimia.model.vq import VQTokenizer
 from kimia.model.writing import write_safetensors
-from training.codebook import CodeTraining, Recipe, Weights, judge
+from training.codebook import CodeTraining, Recipe, judge
 from training.config import trainer_configs
-from training.corpus import GROUPS, Clip, balanced, held_out, load_clips
-from training.hearing import FRAMES_PER_TOKEN, TAUGHT_EVERY, Batch, Hearing, lesson_loss
+from training.corpus import GROUPS, Clip, held_out
+from training.encoders import EncoderTraining
+from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing, lesson_loss
 from training.initial import initialise
-from training.loop import Loop, Plan, averaged_weights
-from training.teacher import TEACHER_WIDTH, load_teacher
+from training.loop import Loop, Plan, averaged_weights, fast_products
+from training.states import taught_clips
+from training.study import TaughtCodes, load_study
+from training.teacher import TEACHER_WIDTH
+
+CODE_SOFTNESS = 0.1  # of the choice among codes: squared distance a dimension that costs half a nat
 
 
 class VQTraining(CodeTraining):
@@ -41,14 +49,40 @@ class VQTraining(CodeTraining):
         self.tokenizer.embed_positions.weight.requires_grad_(False)
         self.pupil = nn.Linear(width, TEACHER_WIDTH)
         self.last_layer = f"out{config.quantize_position - 1}"
+        self.guide: tuple[TaughtCodes, ...] = ()  # in a tuple: none of its weights are trained or kept
+
+    def begin(self, encoder: EncoderTraining, study: TaughtCodes) -> None:
+        """Take over the encoder's weights and the study's codes and head. Raises CheckpointError when widths differ."""
+        heard = encoder.whisper.encoder.state_dict()
+        try:
+            missing = self.tokenizer.load_state_dict(
+                {name: value for name, value in heard.items() if not name.startswith("layer_norm.")}, strict=False
+            )
+            self.book.load_state_dict(study.book.state_dict())
+            self.head.load_state_dict(study.head.state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(f"encoder, study and tokenizer must have one width: {error}") from error
+        if missing.missing_keys != ["codebook.weight"]:
+            raise CheckpointError(f"the encoder lacks {missing.missing_keys}: it must have the tokenizer's layers")
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The named losses of a step, weighted."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
+        with fast_products():
             states = dict(self.tokenizer.states(batch.mel, batch.samples))
             guessed = self.pupil(states[self.last_layer])
+        hidden = states["hidden"].float()
         lesson = self.recipe.weights.lesson * lesson_loss(guessed, batch)
-        return {"lesson": lesson} | self.code_losses(states["hidden"].float(), batch, step)
+        choice = {"choice": self.recipe.weights.choice * self.choice_loss(hidden, batch)} if self.guide else {}
+        return {"lesson": lesson} | choice | self.code_losses(hidden, batch, step)
+
+    def choice_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy of the guide's choice of a code, nearer codes being likelier, of states (B, K, d)."""
+        (guide,) = self.guide
+        taught = batch.taught_frames[:, ::FRAMES_PER_TOKEN]
+        with torch.no_grad():
+            right = guide.book.nearest(guide.hidden(batch.taught)[taught])
+        distances = torch.cdist(hidden[taught], self.book.rows).square()
+        return F.cross_entropy(-distances / (2 * CODE_SOFTNESS * hidden.shape[-1]), right)
 
     def finished(self) -> VQTokenizer:
         """The tokenizer with its codebook filled in."""
@@ -82,31 +116,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="run whose averaged weights to begin with")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--continuous", type=int, default=800)
+    parser.add_argument("--encoder", type=Path, required=True, help="the continuous encoder's run")
+    parser.add_argument("--study", type=Path, required=True, help="run of the study, whose codes are learned")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--limit", type=int, help="clips of the speaker, and as many of callers")
-    parser.add_argument("--taught-every", type=int, default=TAUGHT_EVERY, help="clips, of which the teacher hears one")
-    parser.add_argument("--judge-only", action="store_true")
     options = parser.parse_args()
     configs = trainer_configs()
-    recipe = Recipe(options.continuous, options.batch, Weights(mel=options.mel), bfloat16=options.bfloat16)
-    training = VQTraining(configs.vq, configs.vq_features, configs.flow, recipe)
-    if options.start is not None:
-        averaged_weights(options.start, training)
-    teacher = load_teacher()
-    clips = [] if options.judge_only else balanced(load_clips(options.corpus, "train"), options.limit)
-    hearing = Hearing(clips, teacher, configs.vq_features, configs, 1, options.taught_every)
-    if not options.judge_only:
-        plan = Plan(options.steps, options.rate, seconds=options.seconds)
-        Loop(
-            "vq", training, lambda step: training.losses(hearing.batch(step, recipe.batch), step), plan, options.run
-        ).run()
+    training = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(0, options.batch))
+    study = load_study(options.study, configs)
+    encoder = EncoderTraining(configs.whisper, configs.whisper_features)
+    averaged_weights(options.encoder, encoder)
+    training.begin(encoder, study)
+    training.guide = (study,)
+    hearing = Hearing(*taught_clips(options.corpus), configs.vq_features, configs, seed=1)
+    plan = Plan(options.steps, options.rate, seconds=options.seconds)
+    Loop(
+        "vq", training, lambda step: training.losses(hearing.batch(step, options.batch), step), plan, options.run
+    ).run()
     averaged_weights(options.run, training)
     for group in GROUPS:
         found = judge(training, held_out(options.corpus, group, 100), hearing, training.codes_of)

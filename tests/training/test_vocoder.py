@@ -41,6 +41,17 @@ def test_it_begins_finite_and_quiet(training):
     assert wave.abs().max() < 1.0
 
 
+def test_the_first_steps_do_without_filters_and_serving_never_does(configs, spoken):
+    torch.manual_seed(0)
+    training = VocoderTraining(configs.vocoder, configs.flow, plain_steps=1)
+    mel = torch.randn(1, 80, 20, generator=torch.Generator().manual_seed(0))
+    served = training.vocoder(mel)
+    training.losses(spoken, 0)
+    assert not torch.allclose(training.vocoder(mel), served, atol=1e-4)
+    training.losses(spoken, 1)
+    torch.testing.assert_close(training.vocoder(mel), served, rtol=0, atol=0)
+
+
 def test_a_piece_has_mel_and_wave_of_one_place(training, spoken):
     for seed in range(5):
         mel, wave = training._piece(spoken[0], random.Random(seed))
