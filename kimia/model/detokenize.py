@@ -2,7 +2,8 @@
 
 `Detokenizer` holds the weights and is never modified; `Synthesis` is one turn. A push solves its tokens behind the
 look-ahead of the last one, commits all but its own look-ahead, and gives out what the seam lets go. The state is
-replaced as a whole at the end of a push, so a push that fails leaves it as it was and can be repeated.
+replaced as a whole at the end of a push, so a push that fails leaves it as it was and can be repeated. `restore` goes
+on behind pushes that were made elsewhere, from the mels that they committed: the same state, without solving again.
 
 Shapes: T mel frames, M mel bins, S samples.
 """
@@ -22,7 +23,7 @@ from kimia.errors import ConfigError, ParameterError
 from kimia.model import philox
 from kimia.model.bigvgan import BigVGAN, load_vocoder, mel_spectrogram
 from kimia.model.checkpoint import Checkpoint
-from kimia.model.chunking import pushes
+from kimia.model.chunking import Push, pushes
 from kimia.model.crossfade import Tail
 from kimia.model.dit import Chunk, DiT, Prefix, load_dit
 from kimia.model.flow import commit, solve, time_grid
@@ -95,6 +96,7 @@ class Report:
     """What one push did."""
 
     mel: Tensor  # committed frames, de-normalised, (T, M) float32 on the CPU
+    committed: Tensor | None  # the same, normalised: what `restore` needs; None where nothing can be restored from it
     start_position: int  # of the first frame solved
     frames_in: int  # frames solved, look-ahead included
     frames_committed: int
@@ -123,6 +125,15 @@ class _State:
     tail: Tail | None = None
     chunks: int = 0
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One push that was made elsewhere."""
+
+    kept: tuple[int, ...]  # ids that it committed
+    tokens: int  # ids that it solved
+    x: Tensor  # their normalised mel (T, M)
 
 
 class Synthesis:
@@ -163,14 +174,16 @@ class Synthesis:
         if not ids and state.tail is None:
             self._state = replace(state, finished=True)
             return torch.empty(0)
-        heard = self._with_positions(len(ids) * self.detokenizer.upsample)
+        heard = self._placed(state.heard, len(ids))
         kept = len(ids) if final else len(ids) - self.preset.look_ahead
-        mel, after = self._synthesise(ids, kept, heard, final)
+        x, after = self._synthesise(ids, kept, heard, final)
+        mel = self._denormalised(x)
         pcm, tail = self.preset.seam.join(self._vocode, mel, state.tail, final)
         pcm = pcm.cpu()
         following = replace(state, heard=after, left=ids[kept:], tail=tail, chunks=state.chunks + 1, finished=final)
         self.report = Report(
             mel=mel.cpu(),
+            committed=None if final or not self.preset.look_ahead else x.cpu(),
             start_position=heard.position,
             frames_in=len(ids) * self.detokenizer.upsample,
             frames_committed=mel.shape[0],
@@ -205,39 +218,29 @@ class Synthesis:
                 "wait for more, or push them as final"
             )
 
-    def _with_positions(self, frames: int) -> _Heard:
-        """What is heard, or only the prompt where the model's position table would not reach."""
-        limit = self.detokenizer.dit.config.max_positions
-        for heard in (self._state.heard, self._state.prompt):
-            if heard.position + frames <= limit:
-                return heard
-        raise ParameterError(
-            f"{frames} mel frames behind a prompt of {self._state.prompt.position} exceed the flow model's "
-            f"{limit} positions; push fewer tokens at once"
-        )
-
     def _synthesise(self, ids: tuple[int, ...], kept: int, heard: _Heard, final: bool) -> tuple[Tensor, _Heard]:
-        """Solve the ids, commit the first `kept`: their de-normalised mel (T, M), and what is heard from now on."""
+        """Solve the ids, commit the first `kept`: their normalised mel (T, M), and what is heard from now on."""
         dit, config = self.detokenizer.dit, self.detokenizer.dit.config
         silence = _Heard(dit.empty_prefix(), 0)
         if not ids:  # a final push that only brings out what the seam holds
             return torch.empty(0, config.mel_bins, device=dit.device), silence
         shape = (len(ids) * self.detokenizer.upsample, config.mel_bins)
-        frames = kept * self.detokenizer.upsample
         chunk = self._chunk(ids, self.detokenizer.upsample, heard)
         noise = self._noise(self._state.chunks, shape)
         if tuple(noise.shape) != shape:
             raise ParameterError(f"the noise of a chunk must have the shape {shape}, got {tuple(noise.shape)}")
-        x = solve(dit, noise.to(dit.device, torch.float32)[None], chunk, self._grid)[:, :frames]
-        mel = x[0] * config.mel_std + config.mel_mean
+        x = solve(dit, noise.to(dit.device, torch.float32)[None], chunk, self._grid)
+        x = x[:, : kept * self.detokenizer.upsample]
         if final:
-            return mel, silence
+            return x[0], silence
         if self.preset.look_ahead:  # without look-ahead the release keeps what its last ODE step has left behind
             commit(dit, x, chunk.head(kept))
-        after = self._advanced(heard, chunk, frames)
-        limit = self.preset.max_positions
-        exhausted = limit is not None and after.position + 2 * frames > limit
-        return mel, self._state.prompt if exhausted else after
+        after = self._advanced(heard, chunk, x.shape[1])
+        return x[0], self._state.prompt if self._exhausted(after.position, x.shape[1]) else after
+
+    def _denormalised(self, x: Tensor) -> Tensor:
+        config = self.detokenizer.dit.config
+        return x * config.mel_std + config.mel_mean
 
     def _chunk(self, ids: tuple[int, ...], repeat: int, heard: _Heard) -> Chunk:
         return self.detokenizer.dit.chunk(torch.tensor([ids]), repeat, heard.position, heard.prefix)
@@ -249,6 +252,85 @@ class Synthesis:
 
     def _vocode(self, mel: Tensor) -> Tensor:
         return self.detokenizer.vocoder(mel.T[None])[0]
+
+    # ---- positions: when the turn forgets ----
+
+    def _placed(self, heard: _Heard, tokens: int) -> _Heard:
+        """What a chunk of so many tokens is to hear: only the prompt where the model's positions would not reach."""
+        return heard if self._start(heard.position, tokens) == heard.position else self._state.prompt
+
+    def _start(self, position: int, tokens: int) -> int:
+        """Where a chunk stands that follows `position`. Raises ParameterError for one that never fits."""
+        frames = tokens * self.detokenizer.upsample
+        limit = self.detokenizer.dit.config.max_positions
+        for start in (position, self._state.prompt.position):
+            if start + frames <= limit:
+                return start
+        raise ParameterError(
+            f"{frames} mel frames behind a prompt of {self._state.prompt.position} exceed the flow model's "
+            f"{limit} positions; push fewer tokens at once"
+        )
+
+    def _exhausted(self, position: int, frames: int) -> bool:
+        """Whether the preset forgets all but the prompt at `position`, behind a commit of `frames`."""
+        limit = self.preset.max_positions
+        return limit is not None and position + 2 * frames > limit
+
+    # ---- going on elsewhere ----
+
+    @torch.inference_mode()
+    def restore(self, made: Sequence[Push], committed: Sequence[Tensor]) -> None:
+        """Stand where another synthesis of this turn stands behind these pushes, none of them final.
+
+        `committed` holds what each has told in `Report.committed`, (T, M) float32. Costs one pass of the network per
+        push since the last position reset, and one call of the vocoder. Raises ParameterError when this turn has
+        begun, when pushes and mels do not belong together, or for a preset without look-ahead, whose state is more
+        than its mels.
+        """
+        prompt = self._state.prompt
+        if self._state.chunks or self._state.finished or not self.preset.look_ahead:
+            raise ParameterError("only a turn that has not begun, of a preset with look-ahead, can be restored")
+        parts, left = self._parts(made, committed)
+        begin, position = 0, prompt.position
+        for index, part in enumerate(parts):
+            start = self._start(position, part.tokens)
+            begin = index if start == prompt.position else begin
+            position = start + part.x.shape[0]
+            if self._exhausted(position, part.x.shape[0]):
+                begin, position = index + 1, prompt.position
+        heard = prompt
+        for part in parts[begin:]:
+            chunk = self._chunk(part.kept, self.detokenizer.upsample, heard)
+            commit(self.detokenizer.dit, part.x[None], chunk)
+            heard = self._advanced(heard, chunk, part.x.shape[0])
+        self._state = replace(self._state, heard=heard, left=left, tail=self._tail(parts), chunks=len(parts))
+
+    def _parts(self, made: Sequence[Push], committed: Sequence[Tensor]) -> tuple[list[_Part], tuple[int, ...]]:
+        """What each push solved and committed, and the look-ahead behind the last."""
+        bins, look_ahead = self.detokenizer.dit.config.mel_bins, self.preset.look_ahead
+        parts: list[_Part] = []
+        left: tuple[int, ...] = ()
+        for push, x in zip(made, committed, strict=True):
+            ids = left + self._checked(push.tokens)
+            kept, left = ids[:-look_ahead], ids[-look_ahead:]
+            if push.final or not kept or tuple(x.shape) != (len(kept) * self.detokenizer.upsample, bins):
+                rule = f"push {len(parts)} cannot have committed a mel of the shape {tuple(x.shape)}"
+                raise ParameterError(f"{rule}; restore a turn from its own reports, in order")
+            parts.append(_Part(kept, len(ids), x.to(self.detokenizer.dit.device, torch.float32)))
+        return parts, left
+
+    def _tail(self, parts: Sequence[_Part]) -> Tail | None:
+        """What the seam holds behind these. A tail's sound is the last rendering's alone; of those before, only its
+        length and its mel count, so they are not rendered.
+        """
+        tail: Tail | None = None
+        for index, part in enumerate(parts):
+            vocode = self._vocode if index + 1 == len(parts) else self._silent
+            _, tail = self.preset.seam.join(vocode, self._denormalised(part.x), tail, final=False)
+        return tail
+
+    def _silent(self, mel: Tensor) -> Tensor:
+        return mel.new_zeros(mel.shape[0] * self.detokenizer.vocoder.config.hop)
 
     # ---- timbre ----
 

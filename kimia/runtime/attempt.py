@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 from kimia.errors import InternalError, KimiaError, NotFoundError, UnavailableError
 from kimia.runtime.inputs import FeatureOutlet, follow, read_encoded, read_sound, replay, sounds_to_encode
 from kimia.runtime.local import close
 from kimia.runtime.logs import bound_turn, get_logger
+from kimia.runtime.mels import MelOutlet, with_mels
 from kimia.runtime.metrics import FIRST_CHUNK, REAL_TIME_FACTOR, STAGE_LATENCY
 from kimia.runtime.publisher import Publisher
-from kimia.stage import CODE_SECONDS, LLM, TOKENIZER, Stage
+from kimia.stage import CODE_SECONDS, DETOKENIZER, LLM, TOKENIZER, Stage
 from kimia.status import to_failure
 from kimia.streams import keys
 from kimia.streams.blobs import Blobs
@@ -29,10 +31,19 @@ HANDED_OVER = "handed_over"  # given to another worker: this one stops
 LOST = "lost"  # another worker has it, or nobody needs it any more
 REWOUND = "rewound"  # back to the tokenizer
 RETRIED = "retried"  # left to be claimed again; counted
+TERMINAL = ("done", "cancelled", "error")
 
 log = get_logger()
 
-Take = Callable[[Chunk], Awaitable[Chunk | None]]
+
+class Outlet(Protocol):
+    """What becomes of a stage's chunks before they are published."""
+
+    async def take(self, chunk: Chunk) -> Chunk | None:
+        """The chunk to publish, if any."""
+
+    async def close(self, over: bool) -> None:
+        """The attempt ends; `over`: so does the turn, and nobody goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Attempt:
         self.outcome = ""  # "" while it runs
         self._bench = bench
         self._verdict = ""  # why it was stopped from outside
+        self._gone = False  # the turn was deleted or has expired
         self._closing = False  # the stage's generator is ending its turn: it is not cancelled again
         self._started = perf_counter()
         self.task = asyncio.create_task(self._run())
@@ -96,6 +108,7 @@ class Attempt:
         try:
             self.stop((await feed.ended()).state)
         except NotFoundError:
+            self._gone = True
             self.stop(LOST)
 
     async def _serve(self, feed: Feed) -> str:
@@ -125,13 +138,13 @@ class Attempt:
             return REWOUND
         return await self._publish_all(*given, published)
 
-    async def _publish_all(self, inbox: AsyncIterator[Chunk], take: Take, published: Sequence[Chunk]) -> str:
-        chunks = self._bench.stage.run(self.claim.turn, inbox, published)
+    async def _publish_all(self, inbox: AsyncIterator[Chunk], outlet: Outlet, published: Sequence[Chunk]) -> str:
+        chunks = self._bench.stage.run(self.claim.turn, inbox, await self._restored(published))
         made = list(published)  # kept until the turn ends: a journal that lost writes asks for them again
         ready = _ahead(chunks)
         try:
             async for chunk in ready:
-                out = await take(chunk)
+                out = await outlet.take(chunk)
                 if out is None:
                     continue
                 made.append(self._signed(out))
@@ -143,6 +156,7 @@ class Attempt:
             await close(ready)
             await close(chunks)
             await close(inbox)
+            await outlet.close(self._gone or (self.outcome or self._verdict) in TERMINAL)
         raise InternalError(f"the {self.claim.kind.name} stage ended without a final chunk; see its worker's log")
 
     # ---- what the stage reads ----
@@ -155,18 +169,23 @@ class Attempt:
         journal, turn_id = self._bench.inbox.journal, self.claim.turn.id
         return await self._bench.patience.reach(lambda: journal.read(turn_id, kind.writes))
 
-    async def _given(self, feed: Feed, published: Sequence[Chunk]) -> tuple[AsyncIterator[Chunk], Take] | None:
+    async def _restored(self, published: Sequence[Chunk]) -> Sequence[Chunk]:
+        """What is published, with what the log only names."""
+        if self.claim.kind is not DETOKENIZER or not published:
+            return published
+        return await with_mels(self._bench.blobs, published)
+
+    async def _given(self, feed: Feed, published: Sequence[Chunk]) -> tuple[AsyncIterator[Chunk], Outlet] | None:
         """The stage's inbox, and what takes its chunks; None when features are gone. Raises NotFoundError."""
         bench, turn = self._bench, self.claim.turn
         if self.claim.kind is TOKENIZER:
             sounds = sounds_to_encode(turn, self.claim.rewound)
             pieces = await bench.patience.reach(lambda: read_sound(bench.inbox.journal, turn, sounds))
-            outlet = FeatureOutlet(bench.blobs, turn, self._place(), pieces, published)
-            return replay(pieces), outlet.take
+            return replay(pieces), FeatureOutlet(bench.blobs, turn, self._place(), pieces, published)
         if self.claim.kind is LLM:
             encoded = await read_encoded(feed, bench.blobs, turn)
-            return None if encoded is None else (replay(encoded), _as_it_is)
-        return follow(feed, self.claim.kind.reads), _as_it_is
+            return None if encoded is None else (replay(encoded), AsItIs())
+        return follow(feed, self.claim.kind.reads), MelOutlet(bench.blobs, turn, self._place()[:2], published)
 
     def _place(self) -> tuple[str, str, str]:
         """Where blobs of this turn lie: partition, tenant, checkpoint."""
@@ -187,6 +206,7 @@ class Attempt:
         while at < len(made):
             answer = await self._bench.publisher.publish(self.claim, made[at])
             if answer.outcome.lost:
+                self._gone = self._gone or answer.outcome is Outcome.GONE
                 return "cancelled" if answer.outcome is Outcome.CANCELLED else LOST
             at = answer.next if answer.outcome is Outcome.GAP else at + 1
         return self._measured(made)
@@ -216,8 +236,15 @@ async def _ahead(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
         await end([making])
 
 
-async def _as_it_is(chunk: Chunk) -> Chunk:
-    return chunk
+class AsItIs:
+    """Takes chunks that carry nothing big."""
+
+    async def take(self, chunk: Chunk) -> Chunk:
+        """The chunk itself."""
+        return chunk
+
+    async def close(self, over: bool) -> None:
+        """Nothing was put away."""
 
 
 def _sound_seconds(chunk: Chunk) -> float:

@@ -46,6 +46,7 @@ BLANK, TEXT_EOS, MSG_END = 151666, 151667, 151645
 DELAY = 6  # steps by which text leads audio
 STRETCH = 12  # codes of an `encoded` chunk at most
 FEATURE_WIDTH = 2
+MEL_BYTES = 4 * 80 * 4  # of one semantic token: mel frames, bins, float32, as in the released checkpoint
 
 WORDS = ("yes ", "the ", "line ", "is ", "open ", "and ", "we ", "hear ", "你好", "all ", "of ", "it ")
 
@@ -266,7 +267,9 @@ class FakeDetokenizer:
         index, seconds = 0, 0.0
         async for step in inbox:
             for pcm in schedule.feed(step):
-                chunk = Chunk(index=index, speech=Speech(pcm=pcm, sample_rate=SAMPLE_RATE), final=schedule.ended)
+                mel = b"" if schedule.ended else bytes(MEL_BYTES * (len(pcm) // (2 * CODE_SAMPLES)))
+                speech = Speech(pcm=pcm, sample_rate=SAMPLE_RATE, mel=mel)
+                chunk = Chunk(index=index, speech=speech, final=schedule.ended)
                 if index >= len(published):
                     speech_seconds = len(pcm) / 2 / SAMPLE_RATE
                     seconds += await _spend(self.timing.realtime_factor * speech_seconds)

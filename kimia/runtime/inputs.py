@@ -125,6 +125,9 @@ class FeatureOutlet:
         self._written += 1
         return out
 
+    async def close(self, over: bool) -> None:
+        """Features stay for as long as their lease: the next turn hears them again."""
+
     async def _store(self, encoded: Encoded) -> None:
         """Put the features away and name their blob instead; where no blob can be stored they stay inline."""
         piece = self._pieces[encoded.clip]

@@ -1,4 +1,7 @@
-"""Blobs: what can be computed again (continuous features). They live on a lease, and a missing one is no error."""
+"""Blobs: what can be computed again (continuous features, committed mels).
+
+They live on a lease, and a missing one is no error.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,11 @@ class Blobs:
                 for key in keys:
                     pipe.getex(key, px=self._life)
                 return await pipe.execute()
+
+    async def drop(self, keys: Sequence[str]) -> None:
+        """Remove blobs that nobody needs any more."""
+        with reached("blob store"):
+            await self._client.unlink(*keys)
 
     async def renew(self, keys: Sequence[str]) -> list[str]:
         """Let blobs live for another lease; the keys of those that are missing."""

@@ -190,7 +190,7 @@ class Jobs:
         early = int(self._kind is not TOKENIZER)  # the llm cannot prefill an open segment
         body: list[Argument] = [chunk.index, int(chunk.final), chunk.SerializeToString()]
         who: list[Argument] = [turn.id, *_fence(claim), self._kind.name, self._kind.writes]
-        return names, [*who, *body, after, early, chunk.encoded.feature_key]
+        return names, [*who, *body, after, early, chunk.encoded.feature_key or chunk.speech.mel_key]
 
     # ---- letting go ----
 

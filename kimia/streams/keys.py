@@ -146,6 +146,11 @@ def blob(p: str, tenant: str, checkpoint: str, content: str, piece: int) -> str:
     return f"{p}:blob:{tenant}:{checkpoint}:{content}:{piece}"
 
 
+def mel(p: str, tenant: str, turn: str, index: int) -> str:
+    """String: the mel that chunk `index` of a turn's log `audio` has committed."""
+    return f"{p}:blob:{tenant}:{turn}:mel:{index}"
+
+
 def ledger(name: str) -> str:
     """A key of the capacity ledger, which has a tag of its own."""
     return f"{{ledger}}:{name}"

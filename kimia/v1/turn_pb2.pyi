@@ -426,19 +426,29 @@ class Speech(_message.Message):
 
     PCM_FIELD_NUMBER: _builtins.int
     SAMPLE_RATE_FIELD_NUMBER: _builtins.int
+    MEL_FIELD_NUMBER: _builtins.int
+    MEL_KEY_FIELD_NUMBER: _builtins.int
     pcm: _builtins.bytes
     """Signed 16-bit little-endian samples at `sample_rate`, mono. May be empty."""
     sample_rate: _builtins.int
     """Hz."""
+    mel: _builtins.bytes
+    """What the chunk committed, for whoever goes on behind it: the flow model's normalised mel, 32-bit little-endian IEEE
+    floats, frame by frame (50 Hz). Never in a log nor sent to clients. Empty on the final chunk.
+    """
+    mel_key: _builtins.str
+    """Blob that holds `mel` instead. It may be gone: then the codes are synthesised again."""
     def __init__(
         self,
         *,
         pcm: _builtins.bytes = ...,
         sample_rate: _builtins.int = ...,
+        mel: _builtins.bytes = ...,
+        mel_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pcm", b"pcm", "sample_rate", b"sample_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mel", b"mel", "mel_key", b"mel_key", "pcm", b"pcm", "sample_rate", b"sample_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

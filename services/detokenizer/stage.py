@@ -1,22 +1,26 @@
 """The detokenizer stage: semantic tokens in, speech out, chunk by chunk as the preset cuts it.
 
 A chunk is synthesised as soon as its last code has come, one at a time, so the turns of a process interleave chunk by
-chunk. Speech is signed 16-bit at the model's rate.
+chunk. Chunk n of the log is push n of the preset. Speech is signed 16-bit at the model's rate; beside it lies the mel
+that the chunk committed, from which another worker can go on (`Synthesis.restore`).
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from itertools import takewhile
 
-from kimia.compute import ComputeThread, cut_off, open_model, replayed
+from torch import Tensor
+
+from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model, replayed
 from kimia.errors import ParameterError
 from kimia.model.chunking import ChunkPlanner, Push
-from kimia.model.detokenize import Detokenizer
+from kimia.model.detokenize import Detokenizer, Synthesis
 from kimia.model.presets import LOW_LATENCY, find_preset
 from kimia.runtime.settings import Settings
 from kimia.sound import to_s16
 from kimia.stage import DETOKENIZER, StageKind
-from kimia.v1.turn_pb2 import Chunk, Speech, StageReport, Step, Turn
+from kimia.v1.turn_pb2 import FEATURE_TYPE_F32, Chunk, Speech, StageReport, Step, Turn
 
 WARM_UP_CODES = 16  # a push and a flush
 
@@ -46,32 +50,52 @@ class DetokenizerStage:
     async def run(
         self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
     ) -> AsyncIterator[Chunk]:
-        """Speak the codes of the inbox; what was given out already is synthesised again, but not given out.
+        """Speak the codes of the inbox behind what was given out already.
 
-        The last chunk may be empty. Raises ParameterError for an unknown preset or an illegal code, StateError when
-        the inbox ends too early.
+        The turn is restored from the mels of the chunks given out, as far as they are there without a gap; the rest of
+        these chunks is synthesised again, but not given out. The last chunk may be empty. Raises ParameterError for an
+        unknown preset or an illegal code, StateError when the inbox ends too early.
         """
         if published and published[-1].final:
             return
         compute = self.compute.turn()
         codes = Codes(turn.options.preset, self.detokenizer.codes)
         synthesis = self.detokenizer.stream(codes.preset, turn.seed)
-        index = 0
+        committed = self._committed(published)
+        made: list[Push] = []
         async for chunk in inbox:
             for push in codes.feed(chunk):
-                pcm = to_s16((await compute.run(synthesis.push, push.tokens, push.final)).numpy()).tobytes()
-                if not (pcm or push.final):
+                index = len(made)
+                made.append(push)
+                if index + 1 == len(committed):
+                    await compute.run(synthesis.restore, made, committed)
+                if index < len(committed):
                     continue
-                out = Chunk(index=index, speech=Speech(pcm=pcm, sample_rate=self.detokenizer.sample_rate))
+                out = await compute.run(self._spoken, synthesis, push)
+                out.index = index
                 if push.final:
                     out.final = True
                     out.report.CopyFrom(StageReport(compute_seconds=compute.seconds, units=codes.count))
                 if index >= len(published):
                     yield out
-                index += 1
             if chunk.final:
                 return
         raise cut_off("tokens")
+
+    def _spoken(self, synthesis: Synthesis, push: Push) -> Chunk:
+        """What a push gives out, and the mel it committed."""
+        speech = Speech(sample_rate=self.detokenizer.sample_rate)
+        speech.pcm = to_s16(synthesis.push(push.tokens, push.final).numpy()).tobytes()
+        report = synthesis.report
+        if not push.final and report is not None and report.committed is not None:
+            speech.mel = feature_bytes(report.committed)
+        return Chunk(speech=speech)
+
+    def _committed(self, published: Sequence[Chunk]) -> list[Tensor]:
+        """The mels of the first chunks, up to the first that has none."""
+        bins = self.detokenizer.dit.config.mel_bins
+        mels = takewhile(bool, (chunk.speech.mel for chunk in published))
+        return [feature_rows(mel, FEATURE_TYPE_F32, bins) for mel in mels]
 
 
 class Codes:

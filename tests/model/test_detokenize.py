@@ -1,6 +1,7 @@
 """Streaming synthesis against golden streams, and its rules on a small random model."""
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,10 @@ from kimia.errors import AudioError, ConfigError, ParameterError
 from kimia.model import philox
 from kimia.model.bigvgan import mel_spectrogram
 from kimia.model.checkpoint import open_checkpoint
-from kimia.model.chunking import pushes
+from kimia.model.chunking import Push, pushes
 from kimia.model.crossfade import ReleaseSeam
-from kimia.model.detokenize import Detokenizer, Synthesis
-from kimia.model.flow import time_grid
+from kimia.model.detokenize import Detokenizer, Report, Synthesis
+from kimia.model.flow import commit, time_grid
 from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset
 from tests.golden_data import golden, golden_json
 from tests.model.tiny_detokenizer import (
@@ -378,6 +379,114 @@ def test_noise_of_another_shape_is_refused(small):
 def test_parts_must_fit_together():
     with pytest.raises(ConfigError, match="6 mel bins"):
         Detokenizer(random_dit(replace(FLOW, mel_bins=6)), random_vocoder())
+
+
+# ---- going on elsewhere -----------------------------------------------------------------------------------------
+
+
+Made = tuple[Push, torch.Tensor | None, torch.Tensor]  # a push, what it committed, its samples
+
+FORGETFUL = [
+    QUICK,
+    QUICK_UPSTREAM,
+    replace(QUICK, kv_window=50),
+    replace(QUICK, commits=(6, 12, 90)),  # runs out of the model's positions
+    replace(QUICK_UPSTREAM, max_positions=216),  # forgets behind nearly every chunk
+    replace(QUICK_UPSTREAM, max_positions=390, kv_window=100),
+    replace(QUICK, commits=(1, 2, 30), look_ahead=1),  # the first chunk gives out nothing
+]
+
+
+def made_by(synthesis: Synthesis, preset: Preset, count: int) -> list[Made]:
+    made = []
+    for push in pushes(preset, codes(count)):
+        samples = synthesis.push(push.tokens, push.final)
+        made.append((push, synthesis.report.committed, samples))
+    return made
+
+
+def restored(synthesis: Synthesis, made: list[Made]) -> Synthesis:
+    synthesis.restore([push for push, _, _ in made], [x for _, x, _ in made])
+    return synthesis
+
+
+def counted(counts: Counter[str], function: Any) -> Any:
+    def call(*args: Any) -> Any:
+        counts[function.__name__] += 1
+        return function(*args)
+
+    return call
+
+
+def same(one: Report, other: Report) -> bool:
+    pairs = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(Report)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("preset", FORGETFUL)
+def test_a_restored_turn_goes_on_bit_for_bit(preset, small, monkeypatch):
+    """Behind every push: no ODE step, one commit per push at most, one rendering; then the undisturbed turn."""
+    made = made_by(small.stream(preset, seed=1), preset, 150)
+    for begin in range(1, len(made)):
+        again, counts = small.stream(preset, seed=1), Counter()
+        with monkeypatch.context() as patch:
+            patch.setattr("kimia.model.detokenize.solve", lambda *_: pytest.fail("solved"))
+            patch.setattr("kimia.model.detokenize.commit", counted(counts, commit))
+            patch.setattr(type(small.vocoder), "forward", counted(counts, type(small.vocoder).forward))
+            restored(again, made[:begin])
+        assert counts["commit"] <= begin
+        assert counts["forward"] == 1
+        undisturbed = small.stream(preset, seed=1)
+        for push, _, _ in made[:begin]:
+            undisturbed.push(push.tokens, push.final)
+        for push, _, samples in made[begin:]:
+            assert torch.equal(again.push(push.tokens, push.final), samples)
+            undisturbed.push(push.tokens, push.final)
+            assert same(again.report, undisturbed.report)
+
+
+def test_only_what_is_still_heard_is_committed_again(small, monkeypatch):
+    preset = replace(QUICK_UPSTREAM, max_positions=390)  # forgets behind every other chunk
+    synthesis, made, positions = small.stream(preset, seed=1), [], []
+    for push in pushes(preset, codes(200)):
+        samples = synthesis.push(push.tokens, push.final)
+        made.append((push, synthesis.report.committed, samples))
+        positions.append(synthesis.position)
+    counts: Counter[str] = Counter()
+    monkeypatch.setattr("kimia.model.detokenize.commit", counted(counts, commit))
+    commits = []
+    for count in range(1, len(made)):
+        counts.clear()
+        assert restored(small.stream(preset, seed=1), made[:count]).position == positions[count - 1]
+        commits.append(counts["commit"])
+    assert positions[:4] == [72, 0, 120, 0]
+    assert commits[:4] == [1, 0, 1, 0]
+
+
+def test_a_turn_is_restored_behind_its_prompt(small):
+    made = made_by(prompted(small, QUICK_UPSTREAM, 40, 15), QUICK_UPSTREAM, 90)
+    again = restored(prompted(small, QUICK_UPSTREAM, 40, 15), made[:2])
+    for push, _, samples in made[2:]:
+        assert torch.equal(again.push(push.tokens, push.final), samples)
+
+
+def test_what_cannot_be_restored_is_refused(small):
+    made = made_by(small.stream(QUICK, seed=1), QUICK, 40)
+    tokens, mels = [push for push, _, _ in made[:2]], [x for _, x, _ in made[:2]]
+    with pytest.raises(ParameterError, match="push 1 cannot have committed"):
+        small.stream(QUICK, seed=1).restore(tokens, [mels[0], mels[0]])
+    with pytest.raises(ParameterError, match="push 0 cannot have committed"):
+        small.stream(QUICK, seed=1).restore([Push((), final=True)], [torch.empty(0, FLOW.mel_bins)])
+    begun = small.stream(QUICK, seed=1)
+    begun.push(tokens[0].tokens)
+    with pytest.raises(ParameterError, match="has not begun"):
+        begun.restore(tokens, mels)
+    blind = replace(QUICK, look_ahead=0)
+    synthesis = small.stream(blind, seed=1)
+    synthesis.push(codes(6))
+    assert synthesis.report.committed is None  # what is remembered is the last ODE step's
+    with pytest.raises(ParameterError, match="look-ahead"):
+        small.stream(blind, seed=1).restore([Push(tuple(codes(6)), final=False)], [synthesis.report.mel])
 
 
 # ---- timbre -----------------------------------------------------------------------------------------------------

@@ -180,6 +180,13 @@ async def test_codes_become_speech():
     assert read_pcm(b"".join(chunk.speech.pcm for chunk in chunks)) == [(i, i) for i in range(20)]
 
 
+async def test_clients_get_no_mels():
+    async with Serving(FakeDetokenizer()) as serving:
+        chunks = await serving.collect(Turn(), *steps(*range(20)))
+    assert len(chunks) > 1
+    assert not any(chunk.speech.mel or chunk.speech.mel_key for chunk in chunks)
+
+
 async def test_speech_comes_back_while_codes_are_still_sent():
     async with Serving(FakeDetokenizer()) as serving:
         call = serving.open_call()

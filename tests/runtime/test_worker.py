@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from kimia.errors import AudioError, UnavailableError
+from kimia.runtime.attempt import Attempt
 from kimia.runtime.fake import FakeDetokenizer, FakeLanguageModel, FakeTiming, FakeTokenizer
 from kimia.stage import LLM
 from kimia.streams import keys
@@ -162,6 +163,73 @@ async def test_another_worker_goes_on_when_one_dies(house, name, log, count):
     assert head.state == "done"
     assert head.stages[name].take_overs >= 1  # a slow machine may lose a lease once more
     assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+
+
+class Noting(FakeDetokenizer):
+    """Remembers what it was told to go on behind."""
+
+    def __init__(self, timing):
+        super().__init__(timing)
+        self.published = []
+
+    async def run(self, turn, inbox, published=()):
+        self.published.append(published)
+        async for chunk in super().run(turn, inbox, published):
+            yield chunk
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["there", "lost"])
+async def test_who_goes_on_gets_the_committed_mels_back(house, wire, lost):
+    workers = house.start_fakes(STEADY)
+    turn, given = new_turn(heard(0)), input_log((0, sound(20)))
+    await house.ask(turn, given)
+    await house.until(turn.id, "audio", 2)
+    await house.kill(workers["detokenizer"])
+    log = await house.journal.read(turn.id, "audio")
+    named = [chunk.speech.mel_key for chunk in log]
+    assert all(named)
+    assert not any(chunk.speech.mel for chunk in log)
+    members = await wire.journal.smembers(keys.session_blobs("{0}", turn.session_id))
+    assert set(named) <= {member.decode() for member in members}
+    assert all([0 < await wire.blobs.pttl(name) <= 900_000 for name in named[:-1]])
+    if lost:
+        await wire.blobs.delete(*named)
+    next_one = Noting(QUICK)
+    house.start(next_one)
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+    assert [bool(chunk.speech.mel) for chunk in next_one.published[0]][:1] == [not lost]
+    await eventually(lambda: all(worker._rows.used == 0 for worker in house.running))
+    assert await wire.blobs.keys("{0}:blob:*:mel:*") == []  # nobody needs them any more
+
+
+class Deleting(FakeDetokenizer):
+    """Its session is deleted while it makes the second chunk, and the worker has not heard of it when it is made."""
+
+    def __init__(self, journal):
+        super().__init__(QUICK)
+        self.journal = journal
+
+    async def run(self, turn, inbox, published=()):
+        async for chunk in super().run(turn, inbox, published):
+            if chunk.index == 1:
+                await self.journal.delete_session(turn.session_id)
+            yield chunk
+
+
+async def test_no_mel_outlives_a_deleted_session(house, wire, monkeypatch):
+    async def deaf(self, feed):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Attempt, "_watch", deaf)
+    house.start(FakeTokenizer(QUICK))
+    house.start(FakeLanguageModel(QUICK))
+    last = house.start(Deleting(house.journal))
+    turn = new_turn(heard(0))
+    await house.ask(turn, input_log((0, sound(3))))
+    await eventually(lambda: last._rows.used)
+    await eventually(lambda: not last._rows.used)
+    assert await wire.blobs.keys("{0}:blob:*:mel:*") == []
 
 
 async def test_another_tokenizer_goes_on_in_the_middle_of_the_clips(house):

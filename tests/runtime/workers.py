@@ -53,6 +53,9 @@ def content(chunk):
     if copy.HasField("encoded"):
         copy.encoded.features = b""
         copy.encoded.feature_key = ""
+    if copy.HasField("speech"):
+        copy.speech.mel = b""
+        copy.speech.mel_key = ""
     return copy
 
 

@@ -24,6 +24,14 @@ async def test_blobs_come_back_in_order_and_missing_ones_as_none(wire):
     assert await blobs.get([]) == []
 
 
+async def test_what_is_dropped_is_gone(wire):
+    blobs = Blobs(wire)
+    for key in "abc":
+        await blobs.put(key, b"x")
+    await blobs.drop(["a", "c", "none"])
+    assert await blobs.get(["a", "b", "c"]) == [None, b"x", None]
+
+
 async def test_every_use_begins_a_new_lease(wire):
     blobs = Blobs(wire)
     for key in "ab":

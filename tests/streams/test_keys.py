@@ -55,6 +55,7 @@ def test_all_keys_of_a_session_carry_its_tag():
         keys.dlq(p, "llm"),
         keys.inbox(p, "w-1"),
         keys.blob(p, "acme", "tiny", "00ff", 3),
+        keys.mel(p, "acme", t, 3),
     ]
     assert all(key.startswith("{5}:") for key in made)
     assert len(set(made)) == len(made)

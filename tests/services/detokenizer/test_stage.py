@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kimia.errors import ParameterError, StateError
+from kimia.model.flow import solve
 from kimia.model.presets import PRESETS
 from kimia.runtime.settings import Settings
 from kimia.sound import to_s16
@@ -95,14 +96,51 @@ async def test_the_seed_decides(stage: DetokenizerStage) -> None:
 # ---- again ------------------------------------------------------------------------------------------------------
 
 
+def without_mels(chunks: list[Chunk], gone: set[int]) -> list[Chunk]:
+    copies = [Chunk.FromString(chunk.SerializeToString()) for chunk in chunks]
+    for index in gone & set(range(len(copies))):
+        copies[index].speech.ClearField("mel")
+    return copies
+
+
+def solved(stage: DetokenizerStage, monkeypatch) -> list[int]:
+    """Gets the mel frames of every chunk that is solved from now on."""
+    frames: list[int] = []
+
+    def noted(dit, noise, chunk, grid):
+        frames.append(noise.shape[1])
+        return solve(dit, noise, chunk, grid)
+
+    monkeypatch.setattr("kimia.model.detokenize.solve", noted)
+    return frames
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-async def test_every_interrupted_run_goes_on_as_if_undisturbed(stage: DetokenizerStage, preset: str) -> None:
+@pytest.mark.parametrize("gone", [set(), {1}, set(range(9))], ids=["none", "second", "all"])
+async def test_every_interrupted_run_goes_on_as_if_undisturbed(
+    stage: DetokenizerStage, preset: str, gone: set[int], monkeypatch
+) -> None:
+    """From the committed mels as far as they are there; without them by the plain twin, all over again."""
     log = steps(CODES[:45])
+    frames = solved(stage, monkeypatch)
     whole = without_time(await ran(stage, speech(preset=preset), log))
+    once = list(frames)
     assert len(whole) > 1
+    assert [bool(chunk.speech.mel) for chunk in whole] == [True] * (len(whole) - 1) + [False]
     for given in range(1, len(whole) + 1):
-        rest = without_time(await ran(stage, speech(preset=preset), log, whole[:given]))
+        frames.clear()
+        rest = without_time(await ran(stage, speech(preset=preset), log, without_mels(whole[:given], gone)))
         assert rest == whole[given:]
+        known = min([given, *gone])
+        assert frames == ([] if given == len(whole) else once[known:])
+
+
+async def test_a_mel_of_something_else_ends_the_turn(stage: DetokenizerStage) -> None:
+    log = steps(CODES[:45])
+    whole = await ran(stage, speech(), log)
+    whole[1].speech.mel = whole[0].speech.mel
+    with pytest.raises(ParameterError, match="push 1"):
+        await ran(stage, speech(), log, whole[:2])
 
 
 async def test_two_turns_at_once_are_as_each_alone(stage: DetokenizerStage) -> None:
