@@ -206,10 +206,10 @@ def _percent(value: float | None) -> str:
 
 
 def _show_processes(report: Mapping[str, Any]) -> None:
-    print(f"\n{'process':16}{'cores':>7}{'lives':>7}{'first':>9}{'last':>9}{'greatest':>9} MiB{'slope':>9} MiB/h")
+    print(f"\n{'process':16}{'cores':>7}{'waiting':>9}{'lives':>7}{'first':>9}{'last':>9}{'greatest':>9} MiB{'slope':>9} MiB/h")
     for name, row in report["processes"].items():
         rss = "".join(_cell(row["rss_mib"][key]) for key in ("first", "last", "greatest"))
-        print(f"{name:16}{row['cores']:7.3f}{row['lives']:7}{rss}    {_cell(row['slope_mib_per_hour'])}")
+        print(f"{name:16}{row['cores']:7.3f}{row['waiting']:9.3f}{row['lives']:7}{rss}    {_cell(row['slope_mib_per_hour'])}")
     print(f"{'together':16}{sum(row['cores'] for row in report['processes'].values()):7.3f}")
     if "keys" in report:
         print(f"\n{report['keys']['left']} keys left that are not permanent")

@@ -49,17 +49,19 @@ def _name(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Use:
-    """What a process has used: seconds of a core since its start, bytes of memory now."""
+    """What a process has used since its start, and the bytes of memory it has now."""
 
     cpu_seconds: float
     rss: int
+    waited_seconds: float = 0.0  # its main thread was ready to run and had no core
 
 
 def use(pid: int) -> Use | None:
     """None when there is no such process."""
     with suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return Use((int(fields[11]) + int(fields[12])) / TICKS, int(fields[21]) * PAGE)
+        waited = int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+        return Use((int(fields[11]) + int(fields[12])) / TICKS, int(fields[21]) * PAGE, waited)
     return None
 
 

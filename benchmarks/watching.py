@@ -41,7 +41,7 @@ class Watch:
                 return  # it is being started again
 
     def report(self) -> dict[str, Any]:
-        """Per process: share of a core, memory at the beginning and the end, and its slope."""
+        """Per process: share of a core, share of time in which it waited for one, memory and its slope."""
         return {name: _report(samples) for name, samples in self.samples.items() if len(samples) > 1}
 
 
@@ -55,11 +55,14 @@ class Sample:
 
 
 def _report(samples: Sequence[Sample]) -> dict[str, Any]:
-    spent = sum(b.used.cpu_seconds - a.used.cpu_seconds for a, b in pairwise(samples) if a.pid == b.pid)
+    lives = [(a.used, b.used) for a, b in pairwise(samples) if a.pid == b.pid]
+    spent = sum(b.cpu_seconds - a.cpu_seconds for a, b in lives)
+    waited = sum(b.waited_seconds - a.waited_seconds for a, b in lives)
     memory = [sample.used.rss / MIB for sample in samples]
     times = [sample.at for sample in samples]
     return {
         "cores": spent / (times[-1] - times[0]),
+        "waiting": waited / (times[-1] - times[0]),
         "lives": len({sample.pid for sample in samples}),
         "rss_mib": {"first": memory[0], "last": memory[-1], "greatest": max(memory)},
         "slope_mib_per_hour": slope(times, memory),
