@@ -26,6 +26,7 @@ from orchestrator.admission import Reservation
 from orchestrator.checks import check_sound_bytes, checked_caller
 from orchestrator.desk import Desk
 from orchestrator.following import Following, Position
+from orchestrator.gathering import gathered
 from orchestrator.memory import clips_of
 from orchestrator.outcome import cancelled_event, count, last_event
 from orchestrator.records import patiently
@@ -82,6 +83,8 @@ class Call:
         self._session_id = ""
         self._input: OpenInput | None = None
         self._next_chunk = 0
+        self._unstored: list[Chunk] = []  # sound that was taken and not written yet
+        self._unstored_index = 0  # of the last piece of it
         self._over = False  # the client has said all, or something that ends the call: it does not come back to it
         self._retiring = False
         self._leaving: asyncio.Task[None] | None = None
@@ -151,13 +154,12 @@ class Call:
     async def _read(self, requests: AsyncIterator[ConverseRequest]) -> None:
         """The session's edge: what goes wrong here ends the call."""
         try:
-            async for request in requests:
-                async with self._lock:
-                    if request.WhichOneof("content") in ("commit", "say", "cancel"):
-                        await self._refresh()
-                    await self._perform(self._machine.receive(request))
-                self._touch()
-                self._leave_if_idle()
+            async with aclosing(gathered(requests)) as batches:
+                async for batch in batches:
+                    async with self._lock:
+                        await self._take(batch)
+                    self._touch()
+                    self._leave_if_idle()
             while self._followed:
                 await asyncio.wait([task for _, task in self._followed.values()])
             await self._queue.put(None)
@@ -183,8 +185,20 @@ class Call:
         except Exception as error:  # noqa: BLE001 - raised again where the responses are made
             await self._queue.put(error)
 
+    async def _take(self, batch: Sequence[ConverseRequest]) -> None:
+        """Requests in their order; sound is stored with what follows it, up to anything else."""
+        for request in batch:
+            if not request.HasField("audio"):
+                await self._store()
+            if request.WhichOneof("content") in ("commit", "say", "cancel"):
+                await self._refresh()
+            await self._perform(self._machine.receive(request))
+        await self._store()
+
     async def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
+            if not isinstance(action, AppendAudio):
+                await self._store()
             await self._perform(await self._outcome(action))
 
     async def _outcome(self, action: Action) -> list[Action]:
@@ -201,7 +215,6 @@ class Call:
                 return self._machine.turn_opened()
             case AppendAudio():
                 await self._append(action)
-                return self._machine.stored(action.index)
             case SubmitTurn() | SayTurn():
                 return await self._begin_turn(action)
             case CancelTurn():
@@ -285,16 +298,23 @@ class Call:
     # ---- input ----
 
     async def _append(self, action: AppendAudio) -> None:
-        opened = self._input
-        if opened is None:
+        if self._input is None:
             raise RuntimeError("there is no open turn")
         if action.collected is not None:
-            await self._remember_collected(opened.turn_id, action)
+            await self._remember_collected(self._input.turn_id, action)
         pieces = [] if action.ends is None else [InputAudio(clip=action.ends, clip_end=True)]
         pieces.append(InputAudio(clip=action.clip, data=action.data))
-        chunks = [Chunk(index=self._next_chunk + at, input=piece) for at, piece in enumerate(pieces)]
-        await self._turns.append(opened, chunks)
-        self._next_chunk += len(chunks)
+        for piece in pieces:
+            self._unstored.append(Chunk(index=self._next_chunk, input=piece))
+            self._next_chunk += 1
+        self._unstored_index = action.index
+
+    async def _store(self) -> None:
+        """Write the sound that was appended, and tell the caller that it will not be lost."""
+        chunks, self._unstored = self._unstored, []
+        if chunks and self._input is not None:
+            await self._turns.append(self._input, chunks)
+            await self._perform(self._machine.stored(self._unstored_index))
 
     async def _remember_collected(self, turn_id: str, action: AppendAudio) -> None:
         collected = sourced(turn_id, action.collected or ())

@@ -9,6 +9,9 @@ actions of one message, in order, before it gives the next one, and tells what c
     OpenTurn       turn_opened(turn)        CancelTurn             ended(turn)
     AppendAudio    stored(index)            the others             nothing
 
+Pieces of sound that follow one another may be stored together: `stored` is then told of the last of them, before the
+next message that is no sound.
+
 After `Fail` the call is over and every message is ignored.
 
 A client that comes back sends again what was not confirmed to it: text until sound after it was stored or its turn
@@ -202,6 +205,7 @@ class Session:
         self.running = ""  # the turn that is being answered
         self.last = ""  # the turn that was answered before
         self.next_index = 0  # of the next piece of sound
+        self._stored = 0  # the pieces below this index will not be lost
         self.collected: list[Message] = []
         self._config = CallConfig()
         self._turn_open = False
@@ -265,7 +269,7 @@ class Session:
 
     def _audio(self, audio: CallerAudio) -> list[Action]:
         if audio.index < self.next_index:
-            return [_received_up_to(self.next_index - 1)]
+            return [_received_up_to(self._stored - 1)] if self._stored else []
         if audio.index > self.next_index:
             rule = f"leaves a gap: the next piece is {self.next_index}, got {audio.index}; send what is missing first"
             raise RequestError(rule, field="audio.index")
@@ -275,6 +279,7 @@ class Session:
         if not continues:
             self._intake.clip("audio.data")
         self._intake.sound(audio.data, self._config.input_format, "audio.data")
+        self.next_index = audio.index + 1
         if continues:
             return [*opening, AppendAudio(audio.index, self.collected[-1].audio.number, audio.data)]
         ends = self._last_clip()
@@ -389,7 +394,7 @@ class Session:
         self._expect(self.phase is Phase.OPENING, "opened")
         self.phase = Phase.OPEN
         self.running, self.last = view.running_turn_id, view.last_turn_id
-        self.next_index = view.next_audio_index
+        self.next_index = self._stored = view.next_audio_index
         self.collected = list(view.collected)
         self._turn_open = bool(view.open_turn_id)
         self._count(view)
@@ -420,9 +425,9 @@ class Session:
         return []
 
     def stored(self, index: int) -> list[Action]:
-        """A piece of sound will not be lost."""
-        self._expect(index == self.next_index, "stored")
-        self.next_index = index + 1
+        """The sound up to this piece will not be lost."""
+        self._expect(self._stored <= index < self.next_index, "stored")
+        self._stored = index + 1
         self._texts = []
         return [_received_up_to(index)]
 

@@ -23,6 +23,7 @@ from kimia.v1.conversation_pb2 import TurnOptions
 from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
 from kimia.v1.turn_pb2 import Failure
 from orchestrator import turn as turn_module
+from orchestrator.call import Call
 from orchestrator.desk import Limits
 from orchestrator.memory import answer_of
 from tests.client.proxy import Proxy
@@ -39,6 +40,7 @@ from tests.orchestrator.world import (
     kinds,
     known,
     pcm_of,
+    sound,
     speaks,
     text_of,
 )
@@ -184,6 +186,26 @@ async def test_sound_is_stored_and_answered(world):
     log = await world.journal.read(events[0].turn_id, "input")
     assert [chunk.input.clip_end for chunk in log] == [False] * 5 + [True]
     assert log[-1].final
+
+
+async def test_sound_that_comes_together_is_stored_together(world):
+    host = await world.begin()
+    ready = asyncio.Event()
+
+    async def requests():
+        yield pb.ConverseRequest(config=pb.CallConfig(session_id="s", input_format=FORMAT))
+        await ready.wait()
+        for index in range(5):
+            yield pb.ConverseRequest(audio=pb.CallerAudio(index=index, data=sound(1, salt=index)))
+        yield pb.ConverseRequest(commit=pb.Commit())
+
+    told = []
+    async for response in Call(host.desk, lambda: SECONDS).responses(requests()):
+        told.append(response)
+        ready.set()
+    assert [response.audio_received.index for response in told if response.HasField("audio_received")] == [4]
+    log = await world.journal.read(told[-1].event.turn_id, "input")
+    assert [chunk.input.data for chunk in log] == [*(sound(1, salt=index) for index in range(5)), b""]
 
 
 async def test_the_second_turn_knows_the_first_and_encodes_only_what_is_new(world):

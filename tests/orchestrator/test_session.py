@@ -254,6 +254,23 @@ def test_pieces_that_were_stored_are_acknowledged_again_and_ignored(call):
     assert len(call.pieces) == 2
 
 
+def test_pieces_that_are_stored_together_are_acknowledged_together(call):
+    call.give(audio(0))
+    for index in (1, 2, 3):
+        (action,) = call.session.receive(audio(index))
+        assert action.index == index
+    assert call.session.receive(audio(2))[0].response.audio_received.index == 0  # what was taken is not yet stored
+    (reply,) = call.session.stored(3)
+    assert reply.response.audio_received.index == 3
+    with pytest.raises(RuntimeError, match="stored"):
+        call.session.stored(3)
+
+
+def test_a_piece_that_comes_twice_before_any_is_stored_is_ignored(call):
+    call.session.receive(audio(0))
+    assert call.session.receive(audio(0)) == []
+
+
 def test_a_gap_is_refused(call):
     call.give(audio(0))
     call.give(audio(2))
