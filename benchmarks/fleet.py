@@ -61,6 +61,7 @@ class Fleet:
     address: str
     redis_url: str
     processes: Mapping[str, int]  # name -> pid
+    logs: Mapping[str, Path]  # name -> what the process said; gone with the fleet
 
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time that each process, and this one as its client, has used so far."""
@@ -119,7 +120,8 @@ def running(plan: Plan) -> Iterator[Fleet]:
             pids[name] = process.pid
         for name, process, file, log in started:
             _wait(file.exists, process, name, log)
-        yield Fleet((folder / "orchestrator").read_text(encoding="ascii").strip(), url, pids)
+        logs = {name: log for name, _, _, log in started}
+        yield Fleet((folder / "orchestrator").read_text(encoding="ascii").strip(), url, pids, logs)
 
 
 def _modules(plan: Plan) -> Iterator[tuple[str, list[str], dict[str, str]]]:

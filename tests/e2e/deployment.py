@@ -18,6 +18,18 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("tokenizer", "llm", "detokenizer")
 SETUP = "KIMIA_DOCKER_SETUP"  # path of a script that brings up an engine with the base images
 PORT = "50051/tcp"
+# Turns that a stage's workers have begun and not ended: the turn's id, and whose it is.
+HELD = """
+local found = {}
+for _, key in ipairs(redis.call('KEYS', '{*}:turn:*')) do
+  local head = redis.call('TYPE', key).ok == 'hash'
+  local h = head and redis.call('HMGET', key, 'state', ARGV[1] .. ':consumer', ARGV[1] .. ':done')
+  if h and h[1] == 'running' and h[2] and not h[3] then
+    found[#found + 1] = string.match(key, ':turn:(.*)$') .. ' ' .. h[2]
+  end
+end
+return found
+"""
 KEPT = ("KIMIA_TORCH", "KIMIA_TORCH_INDEX")  # settings of the builder's machine; all others have to be the defaults
 SETTINGS = {
     "KIMIA_TAG": "e2e",
@@ -105,6 +117,24 @@ class Deployment:
         """Run a program in a container of a service; its exit code."""
         code: int = self.containers(service, running=True)[0].exec_run(command, user=user).exit_code
         return code
+
+    def held(self, stage: str, container: Container) -> set[str]:
+        """Ids of the turns that a container of a stage holds, as the journal says it."""
+        [redis] = self.containers("redis", running=True)
+        said = redis.exec_run(["redis-cli", "--raw", "EVAL", HELD, "0", stage])
+        assert said.exit_code == 0, said.output
+        pairs = [line.split() for line in said.output.decode().splitlines() if line]
+        return {turn for turn, consumer in pairs if container.id[:12] in consumer}
+
+    @contextmanager
+    def cut_off(self, service: str, container: Container) -> Iterator[None]:
+        """A container without the network that leads to the others; it runs on."""
+        [network] = self.engine.networks.list(names=[f"{self.project}_inside"])
+        network.disconnect(container)
+        try:
+            yield
+        finally:
+            network.connect(container, aliases=[service])
 
     def target(self) -> str:
         """Every orchestrator that runs, as one target of gRPC."""

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from docker.models.containers import Container
 
 from kimia.client import AsyncKimia
 from kimia.errors import UnavailableError
@@ -139,18 +140,53 @@ async def test_a_rolling_restart_under_load_fails_no_turn(
     assert not {container.id for container in before} & {container.id for container in after}
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", [*SERVICES, "redis"])
 async def test_a_container_killed_under_load_fails_no_turn(
     deployment: Deployment, undisturbed: dict[str, Spoken], service: str
 ) -> None:
+    """Of a stage the one that holds a turn; Redis, of which there is one, comes back with its AOF."""
     await asyncio.to_thread(deployment.scale, **TWO_OF_EACH)
     victim, *_ = deployment.containers(service, running=True)
     async with load(deployment) as state:
         await state.until(lambda: bool(state.turns))
+        while service in STAGES and not await asyncio.to_thread(deployment.held, service, victim):
+            assert not state.failures, state.failures
         victim.kill("SIGKILL")
         ended = len(state.turns)
+        if service == "redis":
+            victim.start()
         await state.until(lambda: len(state.turns) > ended + 6)
     check(state, undisturbed["turn"])
+
+
+@pytest.mark.parametrize("stage", ["llm", "detokenizer"])
+async def test_a_worker_that_was_cut_off_writes_nothing_more(
+    deployment: Deployment, undisturbed: dict[str, Spoken], stage: str
+) -> None:
+    """Its network goes while it holds a turn, and comes back when another worker has ended that turn."""
+    await asyncio.to_thread(deployment.scale, **TWO_OF_EACH)
+    victim, *_ = deployment.containers(stage, running=True)
+    async with load(deployment) as state:
+        held = await cut_off_in_a_turn(deployment, state, stage, victim)
+        await state.served_again(victim)
+    check(state, undisturbed["turn"])
+    taken_over = [turn for turn in state.turns if turn.turn_id in held]
+    assert {turn.turn_id for turn in taken_over} == held
+    assert not any(victim.id[:12] in turn.workers()[stage] for turn in taken_over)
+    said = victim.logs().decode().splitlines()
+    assert all(any("turn left" in line and turn in line for line in said) for turn in held)
+
+
+async def cut_off_in_a_turn(deployment: Deployment, state: Load, stage: str, victim: Container) -> set[str]:
+    """Take a container's network away while it holds turns, until others have ended these; their ids."""
+    for _ in range(20):
+        with deployment.cut_off(stage, victim):
+            held = await asyncio.to_thread(deployment.held, stage, victim)
+            if held:
+                await state.ended(held)
+                return held
+        await state.served_again(victim)
+    raise AssertionError("it held no turn whenever its network went")
 
 
 def check(state: Load, expected: Spoken) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -27,6 +27,7 @@ PATIENCE = ClientOptions(
 class Spoken:
     """What a turn gave."""
 
+    turn_id: str
     text: str
     pcm: bytes
     latency: Latency
@@ -41,7 +42,7 @@ async def speak(deployment: Deployment, authority: bytes | None = None) -> Spoke
     credentials = None if authority is None else grpc.ssl_channel_credentials(authority)
     async with AsyncKimia(deployment.target(), credentials=credentials, options=PATIENCE) as kimia:
         answer = await kimia.generate(CHAT, seed=SEED, max_new_tokens=STEPS).collect()
-    return Spoken(answer.text, answer.pcm, answer.latency)
+    return Spoken(answer.turn_id, answer.text, answer.pcm, answer.latency)
 
 
 @dataclass
@@ -51,10 +52,19 @@ class Load:
     turns: list[Spoken] = field(default_factory=list)
     failures: list[BaseException] = field(default_factory=list)
 
-    def served(self, containers: Iterable[Container]) -> bool:
-        """Whether each of these containers of a stage finished a turn there."""
-        workers = {worker for turn in self.turns for worker in turn.workers().values()}
+    def served(self, containers: Iterable[Container], since: int = 0) -> bool:
+        """Whether each of these containers of a stage finished a turn there, of the turns from number `since` on."""
+        workers = {worker for turn in self.turns[since:] for worker in turn.workers().values()}
         return all(any(container.id[:12] in worker for worker in workers) for container in containers)
+
+    async def ended(self, turn_ids: Set[str]) -> None:
+        """Wait until all of these turns have ended."""
+        await self.until(lambda: turn_ids <= {turn.turn_id for turn in self.turns})
+
+    async def served_again(self, container: Container) -> None:
+        """Wait until a container has finished a turn that ended from now on."""
+        since = len(self.turns)
+        await self.until(lambda: self.served([container], since))
 
     async def until(self, reached: Callable[[], bool], turns: int = 60) -> None:
         """Wait until `reached`. Raises AssertionError at the first failed turn, and after so many turns without it."""
