@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -125,7 +126,7 @@ class Journal:
         p = self._partition(turn.id)
         first = route[0].name
         names = [*turn_keys(p, turn.id), keys.jobs(p, first, job_class(turn))]
-        args: list[Argument] = [turn.id, token, turn.SerializeToString(), first, deadline_us(turn), worker or ""]
+        args: list[Argument] = [turn.id, token, turn.SerializeToString(), first, _time_left(turn), worker or ""]
         answer = await self._wire.call("submit", names, args)
         _check(answer.decode(), turn.id)
 
@@ -247,6 +248,11 @@ def too_late(kind: StageKind) -> bytes:
     """The failure of a turn whose deadline has passed before a stage has begun."""
     message = f"the deadline passed before the {kind.name} stage had a free row; try again later"
     return Failure(code=_DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED", message=message).SerializeToString()
+
+
+def _time_left(turn: Turn) -> int | str:
+    """Microseconds until a turn's deadline; "": it has none."""
+    return deadline_us(turn) - time.time_ns() // 1000 if turn.HasField("deadline") else ""
 
 
 def next_stage(turn: Turn, kind: StageKind) -> str:

@@ -1,6 +1,7 @@
 """Taking, holding, publishing and handing over, with workers that pause, die and come back."""
 
 import asyncio
+import time
 from dataclasses import replace
 from itertools import cycle, pairwise
 
@@ -457,6 +458,18 @@ async def test_a_turn_that_has_begun_is_not_dropped_when_it_changes_hands(world)
     await world.redis.hset(keys.head("{0}", turn.id), "deadline", 1)
     again = await world.taken_over(claim, worker)
     assert again.next_index == 1
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+async def test_a_deadline_is_of_the_journal_s_clock_whatever_the_orchestrator_s_says(world, monkeypatch, hours):
+    worker = await world.worker()
+    now, skewed = time.time_ns(), time.time_ns() + hours * 3600 * 10**9
+    monkeypatch.setattr("kimia.streams.journal.time.time_ns", lambda: skewed)
+    turn = new_turn()
+    turn.deadline.FromNanoseconds(skewed + 60 * 10**9)
+    claim = await world.claimed(worker, turn)
+    deadline = int(await world.redis.hget(keys.head("{0}", claim.turn.id), "deadline"))
+    assert 59 < deadline / 1e6 - now / 1e9 < 120
 
 
 async def test_a_dropped_turn_does_not_hide_the_next(world):
