@@ -2,10 +2,11 @@
 
     python -m benchmarks.cancel [--callers 8] [--turns 25] [--seed 1] [--out cancel.json]
 
-prints a table. Callers interrupt long answers at a moment drawn from the seed, up to two seconds after the first piece
-of speech. All processes run on this machine: an embedded Valkey, three fake stages with the timing of a GPU (20 ms a
-step, a tenth of a second of computing per second of speech), an orchestrator, and this process with all callers, whose
-clocks are one. Milliseconds:
+prints tables. Callers interrupt long answers at a moment drawn from the seed, up to two seconds after the first piece
+of speech. All processes run on this machine: an embedded Valkey, three fake stages, an orchestrator, and this process
+with all callers, whose clocks are one. `gpu`: stages with the timing of a GPU (20 ms a step, a tenth of a second of
+computing per second of speech), a piece of speech every half second. `fast`: five times as fast, so that there are
+five times as many pieces under way when a caller interrupts. Milliseconds:
 
 last stale byte  from `cancel()` to the last piece of the turn's speech that comes after it; 0 where none does
 acknowledged     from `cancel()` to TurnCancelled, behind which nothing of the turn comes
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fleet import GPU, Fleet, Plan, run, running
+from benchmarks.fleet import GPU, Fleet, Plan, Timing, run, running
 from benchmarks.load import QUESTION_RATE, question
 from benchmarks.pipeline import machine, say
 from benchmarks.stalls import watched
@@ -38,7 +39,8 @@ from kimia.client import AsyncCall, AsyncKimia, AudioChunk, ClientOptions, TurnC
 from kimia.streams.journal import Journal
 from kimia.streams.wire import Wire
 
-TIMING = replace(GPU, steps=400)  # 8 s of computing, 32 s of speech: no answer ends before its caller interrupts it
+# No answer ends before its caller interrupts it: 20 s of computing.
+TIMINGS = {"gpu": replace(GPU, steps=1000), "fast": Timing(step_seconds=0.004, realtime_factor=0.02, steps=5000)}
 LATEST = 2.0  # seconds after the first piece of speech
 QUESTION_SECONDS = 0.5
 STAGES = ("llm", "detokenizer")  # whose rows an answer holds
@@ -139,10 +141,10 @@ def _left(log: Path) -> dict[str, float]:
 # ---- the report -------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(timing: Timing, args: argparse.Namespace) -> dict[str, Any]:
     """One run on a fresh service."""
-    say(f"{args.callers} callers, {args.turns} barge-ins each")
-    with running(Plan(TIMING, environment=ENVIRONMENT)) as fleet:
+    say(f"{args.callers} callers, {args.turns} barge-ins each, {1e3 * timing.step_seconds:g} ms a step")
+    with running(Plan(timing, environment=ENVIRONMENT)) as fleet:
         begun, before, busy = time.monotonic(), fleet.cpu_seconds(), os.getloadavg()[0]
         with watched() as stalls:
             found = run(drive(fleet, args.callers, args.turns, args.seed))
@@ -151,13 +153,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         read_leaving(found, fleet.logs)
     del stalls["intervals"]
     return {
-        "machine": {**machine(), "load_average_before": busy},
-        "setting": {
-            "callers": args.callers,
-            "turns": args.turns,
-            "seed": args.seed,
-            "step_ms": 1e3 * TIMING.step_seconds,
-        },
+        "timing": vars(timing),
+        "load_average_before": busy,
         "seconds": seconds,
         "barge_ins": len(found),
         "with_stale_speech": sum(bool(barge_in.stale_bytes) for barge_in in found),
@@ -183,13 +180,13 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)} | {"max": float(values.max())}
 
 
-def show(report: Mapping[str, Any]) -> None:
+def show(name: str, report: Mapping[str, Any]) -> None:
     """Print the table."""
-    print(f"{report['barge_ins']} barge-ins, {report['with_stale_speech']} with speech after cancel()")
+    print(f"\n{name}: {report['barge_ins']} barge-ins, {report['with_stale_speech']} with speech after cancel()")
     print(f"{'ms':<24}" + "".join(f"{name:>9}" for name in ("p50", "p95", "p99", "max")))
     for moment, row in report["ms"].items():
         print(f"{moment:<24}" + "".join(f"{value:9.1f}" for value in row.values()))
-    print(f"load before {report['machine']['load_average_before']:.1f}; stalls {report['stalls']}")
+    print(f"load before {report['load_average_before']:.1f}; stalls {report['stalls']}")
 
 
 def main() -> None:
@@ -200,8 +197,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
-    report = measure(args)
-    show(report)
+    setting = {name: getattr(args, name) for name in ("callers", "turns", "seed")}
+    report: dict[str, Any] = {"machine": machine(), "setting": setting}
+    for name, timing in TIMINGS.items():
+        report[name] = measure(timing, args)
+        show(name, report[name])
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
