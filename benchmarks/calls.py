@@ -221,7 +221,10 @@ def _show_processes(report: Mapping[str, Any]) -> None:
         shares = "".join(f"{row[key]:9.3f}" for key in times)
         rss = "".join(_cell(row["rss_mib"][key]) for key in memory)
         print(f"{name:16}{shares}{row['lives']:9}{rss}    {_cell(row['slope_mib_per_hour'])}")
-    print(f"{'together':16}{sum(row['cores'] for row in report['processes'].values()):9.3f}")
+    cores, callers = sum(row["cores"] for row in report["processes"].values()), report["setting"]["callers"]
+    print(
+        f"{'together':16}{cores:9.3f}, {1000 * cores / callers:.1f} thousandths of a core for each of {callers} callers"
+    )
     if "keys" in report:
         keys = report["keys"]
         print(f"\n{keys['left']} keys left that are not permanent, after {keys['after_seconds']:.0f} s")

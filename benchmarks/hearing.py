@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kills import Death
-from benchmarks.player import Dry, Interval, played, unexplained, union, within
+from benchmarks.player import Dry, Interval, played, unexplained, union
 
 PERCENTILES = (50, 95, 99)
 LOW_PERCENTILES = (1, 5, 50)
@@ -225,8 +225,3 @@ def quantiles(values: Sequence[float], which: Sequence[int] = PERCENTILES) -> di
 
 def share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def stalled_seconds(stalls: Iterable[Sequence[float]], begin: float, end: float) -> float:
-    """Seconds of a run in which the machine stood still."""
-    return within(union(stalls), begin, end)
