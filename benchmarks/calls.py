@@ -65,6 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             **hear(_records(folder), stalls.pop("intervals"), begun, deaths),
             "stalls": dict(stalls),
             "processes": watch.report(),
+            "store": watch.data(),
             "memory": _memory(watch, begun),
         }
         if args.part == "soak" and service.redis_url is not None:
@@ -225,6 +226,9 @@ def _show_processes(report: Mapping[str, Any]) -> None:
     print(
         f"{'together':16}{cores:9.3f}, {1000 * cores / callers:.1f} thousandths of a core for each of {callers} callers"
     )
+    data = report["store"]
+    slopes = _cell(data["slope_mib_per_hour"]), _cell(data["slope_keys_per_hour"])
+    print(f"the store's data: greatest{_cell(data['greatest_mib'])} MiB, slope{slopes[0]} MiB/h,{slopes[1]} keys/h")
     if "keys" in report:
         keys = report["keys"]
         print(f"\n{keys['left']} keys left that are not permanent, after {keys['after_seconds']:.0f} s")

@@ -43,7 +43,8 @@ def _waits(axes: Axes, report: Mapping[str, Any]) -> None:
         if (value := report["voice_to_voice_ms"][name]) is not None:
             axes.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{name} {value:.0f} ms")
     axes.set(xlabel="ms", ylabel="answers", title="voice-to-voice")
-    axes.legend(fontsize=7)
+    if waits:
+        axes.legend(fontsize=7)
 
 
 def _gaps(axes: Axes, gaps: Mapping[str, Any]) -> None:
@@ -75,8 +76,9 @@ def _silences(axes: Axes, report: Mapping[str, Any]) -> None:
             at, seconds = np.array(points).T
             axes.plot(at, 1e3 * seconds, marker, color=colour, markersize=4, label=label)
             axes.set(yscale="log")
+    if axes.lines:
+        axes.legend(fontsize=7, loc="upper right")
     axes.set(xlabel="s", ylabel="ms", title="underruns and stalls over time", xlim=(0, report["seconds"]))
-    axes.legend(fontsize=7, loc="upper right")
     axes.grid(alpha=0.3)
 
 

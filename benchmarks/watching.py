@@ -44,6 +44,16 @@ class Watch:
         """Per process: share of a core, share of time in which it waited for one, memory and its slope."""
         return {name: _report(samples) for name, samples in self.samples.items() if len(samples) > 1}
 
+    def data(self) -> dict[str, Any]:
+        """What the store held, without what its allocator keeps: greatest size, and the slopes of size and keys."""
+        times = [at for at, _, _ in self.store]
+        sizes = [size / MIB for _, size, _ in self.store]
+        return {
+            "greatest_mib": max(sizes, default=None),
+            "slope_mib_per_hour": slope(times, sizes),
+            "slope_keys_per_hour": slope(times, [keys for _, _, keys in self.store]),
+        }
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -71,8 +81,7 @@ def _report(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def slope(times: Sequence[float], values: Sequence[float]) -> float | None:
     """Change per hour after the warm-up: the median of the slopes between all pairs (Theil-Sen); None: too few."""
-    begin = times[0] + WARM_UP * (times[-1] - times[0])
-    kept = [(at, value) for at, value in zip(times, values, strict=True) if at >= begin]
+    kept = [(at, v) for at, v in zip(times, values, strict=True) if at >= times[0] + WARM_UP * (times[-1] - times[0])]
     if len(kept) < 3:
         return None
     at, value = np.array(kept).T

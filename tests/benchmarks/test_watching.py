@@ -19,6 +19,16 @@ def test_slopes_leave_the_warm_up_out_and_are_not_moved_by_a_single_peak():
     assert slope([0.0, 1.0], [1.0, 1.0]) is None
 
 
+def test_the_data_of_a_store_has_slopes_of_its_own():
+    watch = Watch(dict, store=[(36.0 * at, (10 + at) * MIB, 5) for at in range(101)])
+    assert watch.data() == {
+        "greatest_mib": 110,
+        "slope_mib_per_hour": pytest.approx(100.0),
+        "slope_keys_per_hour": 0.0,
+    }
+    assert Watch(dict).data() == {"greatest_mib": None, "slope_mib_per_hour": None, "slope_keys_per_hour": None}
+
+
 def test_a_process_that_started_again_is_counted_in_both_lives():
     def sample(at, pid, cpu, mib):
         return Sample(at, pid, Use(cpu, mib * MIB))
