@@ -16,7 +16,6 @@ from kimia.runtime.rows import Rows
 from kimia.runtime.settings import Settings
 from kimia.runtime.worker import Worker
 from kimia.stage import STAGES
-from kimia.streams.patience import end
 from kimia.streams.wire import Wire, WireOptions
 from orchestrator.desk import Limits
 from tests.faults.injection import DisturbedKimia, Injector, disturbed_server, wire_of
@@ -121,7 +120,8 @@ class Fleet:
 
     async def _stop(self, place: str) -> None:
         wire, task = self._running.pop(place)
-        await end([task])
+        task.cancel()  # once: a second time would break off its own ending
+        await asyncio.gather(task, return_exceptions=True)
         await wire.aclose()
 
     async def _end_workers(self) -> None:

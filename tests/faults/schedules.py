@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from structlog.processors import format_exc_info
 from structlog.testing import capture_logs
 
 from kimia.client import AsyncKimia
@@ -75,7 +76,7 @@ def check(kind: Kind, seed: int, valkey_url: str, expected: Mapping[Question, He
 
 
 def _as_tasks(faults: tuple[Fault, ...], url: str) -> Run:
-    with ground_at(url) as ground, capture_logs() as lines:
+    with ground_at(url) as ground, capture_logs([format_exc_info]) as lines:
         ground.redis.flushall()
         run = asyncio.run(_fleet_run(faults, ground, url))
     wrong = [line for line in lines if line["log_level"] in ("error", "critical")]
