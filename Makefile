@@ -52,9 +52,11 @@ faults: $(STAMP)  ## random examples against the stream protocol, deliberate fau
 	KIMIA_FAULT_SEED=$(SEED) KIMIA_FAULT_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults tests/faults
 
 KILLS ?= 100
+CALLERS ?= 16
+MODES ?=  # of the AOF: both
 
 kills: $(STAMP)  ## processes of a service with real stages are killed under sixteen callers: twenty minutes; SEED= finds a run again
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --seed $(SEED) --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.campaign --seed $(SEED) --kills $(KILLS) --callers $(CALLERS) $(MODES)
 
 micro-smoke: $(STAMP)  ## a few steps of every trainer, and the folder that they write
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.smoke

@@ -38,7 +38,7 @@ from tests.faults.truth import Violation, demand
 from tests.golden_data import COMMITTED
 
 MODES = ("always", "everysec")
-STEPS = 32  # of an answer
+STEPS = 24  # of an answer: two pieces of speech and the rest
 AT_ONCE = 4  # turns of the undisturbed run at a time
 LONGEST = 600.0  # seconds of a turn: on a machine that many share, processes take long to start again
 PATIENT = ClientOptions(attempts=200, patience=LONGEST, timeout=LONGEST)
@@ -235,7 +235,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1, help="of who dies when (1)")
     parser.add_argument("--kills", type=int, default=100, help="of all modes together (100)")
-    parser.add_argument("--every", type=float, default=60.0, metavar="EVENTS", help="one kill in each (60)")
+    parser.add_argument("--every", type=float, default=40.0, metavar="EVENTS", help="one kill in each (40)")
     parser.add_argument("--callers", type=int, default=16, help="at once (16)")
     parser.add_argument("--mode", choices=MODES, action="append", help="of the AOF (both)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the summary as JSON")

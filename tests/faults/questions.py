@@ -10,7 +10,8 @@ from kimia.client import AsyncKimia, AudioChunk, ClientOptions, TextDelta
 from kimia.runtime.fake import read_pcm
 from tests.faults.truth import demand
 
-PATIENT = ClientOptions(attempts=40, longest_delay=0.5, patience=30.0, timeout=60.0)
+LONGEST = 300.0  # seconds of a turn: what takes longer hangs, however busy the machine
+PATIENT = ClientOptions(attempts=500, longest_delay=0.5, patience=LONGEST, timeout=LONGEST)
 RATE = 16000  # Hz
 
 

@@ -32,13 +32,13 @@ from tests.faults.ground import Ground, P, View, ground_at
 from tests.faults.injection import DisturbedKimia, Injector
 from tests.faults.process import Process
 from tests.faults.processes import Service, service
-from tests.faults.questions import PATIENT, Heard, Question, ask_all, compare
+from tests.faults.questions import LONGEST, PATIENT, Heard, Question, ask_all, compare
 from tests.faults.schedule import PAUSE, Fault, Kind, draw
 from tests.faults.truth import demand
 
 CALLERS, TURNS = 4, 2
-SECONDS = 90.0  # in which everything must have ended
-LONGEST = round(1000 * (OPTIONS.turn_ttl + OPTIONS.session_ttl))  # ms that a key may live
+SECONDS = 2 * TURNS * LONGEST  # in which everything must have ended
+LIFE = round(1000 * (OPTIONS.turn_ttl + OPTIONS.session_ttl))  # ms that a key may live
 
 ENVIRONMENT = {
     "KIMIA_ROWS": str(ROWS),
@@ -200,7 +200,7 @@ def _nothing_left(view: View) -> None:
     for name, key in view.items():
         demand("caller-" not in name or name.startswith(keys.gone(P, "")), name, "is left of a deleted session")
         permanent = name.startswith((f"{P}:jobs:", f"{P}:token:", "{ledger}:")) and ":@" not in name
-        demand(permanent or 0 <= key.ttl <= LONGEST, name, "lives for", key.ttl, "ms")
+        demand(permanent or 0 <= key.ttl <= LIFE, name, "lives for", key.ttl, "ms")
 
 
 # ---- many -------------------------------------------------------------------------------------------------------
