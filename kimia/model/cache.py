@@ -11,10 +11,25 @@ refuses it instead of reading zeros.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 SMALLEST_ROOM = 256  # positions
+
+
+class Cache(Protocol):
+    """What a forward pass asks of a cache; there is one of a batch, and one of a turn (`kimia.model.turn_cache`)."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions per row."""
+
+    def append(
+        self, slot: int, k: Tensor, v: Tensor, positions: Tensor, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Store new positions of a slot; its keys and values so far."""
 
 
 class KVCache:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kimia.errors import AudioError, ParameterError
 from kimia.model.attention import Visible, attention
-from kimia.model.cache import KVCache
+from kimia.model.cache import Cache, KVCache
 from kimia.model.checkpoint import ROTARY_LEFTOVER, load_strict, sharded_source, without
 from kimia.model.config import LMConfig
 
@@ -103,7 +103,7 @@ class Extent:
     visible: Visible
     cos: Tensor  # (B, 1, T, head_dim) float32
     sin: Tensor  # (B, 1, T, head_dim) float32
-    cache: KVCache | None  # None: the rows start here and nothing is kept
+    cache: Cache | None  # None: the rows start here and nothing is kept
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -267,7 +267,7 @@ class DualTrackLM(nn.Module):
         """An empty cache for `rows` turns."""
         return KVCache(rows, self.config.layers + self.config.mimo_layers)
 
-    def extent(self, counts: tuple[int, ...], cache: KVCache | None = None) -> Extent:
+    def extent(self, counts: tuple[int, ...], cache: Cache | None = None) -> Extent:
         """The next `counts[row]` positions of each row, behind what the cache holds."""
         length = max(counts)
         starts = (0,) * len(counts) if cache is None else cache.lengths

@@ -2,7 +2,8 @@
 
 Rows of a batch have parameters of their own. A draw is a function of the logits and one uniform number, so a turn
 can be repeated anywhere. Candidates are ordered by falling logit, equal logits by rising id; the order is total, so
-neither the device nor the batch decides between ties.
+neither the device nor the batch decides between ties. Nor does the batch decide anything else: what a row draws is
+the same, bit by bit, in any company.
 
 Notes
 - As in the release: a penalty applies only once the history is longer than the window, penalties below 1 do nothing,
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kimia.errors import NumericsError, ParameterError
@@ -26,6 +28,7 @@ SMALLEST_PENALTY = 1e-6
 UNREASONABLE = 1e30  # numbers from here on count as infinite: float32 ends at 3e38
 TEXT_WINDOW = 16  # the release's default windows
 AUDIO_WINDOW = 64
+LANES = 16  # float64 numbers that a CPU loop takes at a time: remainders would round otherwise
 ARGUMENT_NAMES = {  # field of TrackSampling -> end of upstream's argument name
     "temperature": "temperature",
     "top_k": "top_k",
@@ -93,20 +96,48 @@ class Sampling:
 
 
 def penalise(logits: Tensor, params: Sequence[TrackSampling], histories: Sequence[Sequence[int]]) -> Tensor:
-    """Logits after the repetition penalty: (B, V) -> (B, V) float32, a copy.
+    """Logits after the repetition penalty: (B, V) -> (B, V) float32; the given ones are left as they are.
 
     Each distinct id of the last `repetition_window` ids of a row's history counts once.
     """
+    rows = [row for row, (param, history) in enumerate(zip(params, histories, strict=True)) if _bites(param, history)]
+    if not rows:
+        return logits.float()
+    windows = [histories[row][-params[row].repetition_window :] for row in rows]  # [-0:] is the whole history
+    longest = max(map(len, windows))
+    filled = [[*window, *[window[-1]] * (longest - len(window))] for window in windows]
     penalised = logits.to(torch.float32, copy=True)
-    for row, (param, history) in enumerate(zip(params, histories, strict=True)):
-        window = param.repetition_window
-        if param.repetition_penalty <= 1.0 or len(history) <= window:
-            continue
-        repeated = torch.tensor(sorted(set(history[-window:])), device=logits.device)  # [-0:] is the whole history
-        chosen = penalised[row, repeated]
-        penalty = param.repetition_penalty
-        penalised[row, repeated] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+    where = torch.tensor(rows, device=logits.device)[:, None], torch.tensor(filled, device=logits.device)
+    chosen = penalised[where]
+    penalty = chosen.new_tensor([params[row].repetition_penalty for row in rows])[:, None]
+    penalised[where] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)  # an id twice: the same value twice
     return penalised
+
+
+def _bites(param: TrackSampling, history: Sequence[int]) -> bool:
+    return param.repetition_penalty > 1.0 and len(history) > param.repetition_window
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The ids that can be drawn, by falling weight, on the CPU. Columns are padded with weights of 0."""
+
+    ids: Tensor  # (B, K)
+    weights: Tensor  # (B, K') float64, K' >= K; the best one is 1
+    numbers: Tensor  # (B,) whether the row's logits are numbers; else its weights mean nothing
+
+
+def _candidates(logits: Tensor, params: Sequence[TrackSampling]) -> Candidates:
+    """Penalised logits (B, V) after temperature and top-k. A row's weights do not depend on the other rows."""
+    counts = [param.candidates(logits.shape[-1]) for param in params]
+    ids = _ordered(logits, max(counts))
+    values = logits.gather(-1, ids).cpu().double()
+    numbers = torch.isfinite(values[:, 0])
+    surplus = torch.arange(values.shape[1]) >= torch.tensor(counts)[:, None]
+    temperatures = torch.tensor([1.0 if param.greedy else param.temperature for param in params], dtype=torch.float64)
+    scaled = (values - values[:, :1]) / temperatures[:, None]  # best candidate at 0: no overflow at small temperatures
+    scaled = F.pad(scaled.masked_fill(surplus, -math.inf), (0, -values.shape[1] % LANES), value=-math.inf)
+    return Candidates(ids.cpu(), scaled.exp(), numbers)
 
 
 def distribution(logits: Tensor, params: Sequence[TrackSampling]) -> tuple[Tensor, Tensor]:
@@ -115,15 +146,11 @@ def distribution(logits: Tensor, params: Sequence[TrackSampling]) -> tuple[Tenso
     logits (B, V), penalised -> ids (B, K) by falling probability and float64 probabilities (B, K), both on the CPU;
     K is the most candidates that a row has, a row's surplus has probability 0. Raises NumericsError on NaN or infinity.
     """
-    counts = [param.candidates(logits.shape[-1]) for param in params]
-    ids = _ordered(logits, max(counts))  # (B, K)
-    values = logits.gather(-1, ids).cpu().double()
-    if not torch.isfinite(values[:, 0]).all():
-        raise NumericsError("the language model gave NaN or infinite logits; try bfloat16 or float32")
-    surplus = torch.arange(values.shape[1]) >= torch.tensor(counts)[:, None]
-    temperatures = torch.tensor([1.0 if param.greedy else param.temperature for param in params], dtype=torch.float64)
-    scaled = (values - values[:, :1]) / temperatures[:, None]  # best candidate at 0: no overflow at small temperatures
-    return ids.cpu(), scaled.masked_fill(surplus, -math.inf).softmax(dim=-1)
+    found = _candidates(logits, params)
+    if not found.numbers.all():
+        raise _no_numbers()
+    weights = found.weights[:, : found.ids.shape[1]]
+    return found.ids, weights / weights.sum(dim=-1, keepdim=True)
 
 
 def _ordered(logits: Tensor, count: int) -> Tensor:
@@ -131,6 +158,8 @@ def _ordered(logits: Tensor, count: int) -> Tensor:
 
     Sorts integers made of the float's bits (order-preserving) and, below them, the id: no two are equal.
     """
+    if count == 1:
+        return logits.argmax(dim=-1, keepdim=True)  # the first of equal ones, NaN before all
     clean = logits.float().masked_fill(logits.isnan(), math.inf) + 0.0  # -0.0 + 0.0 = 0.0
     bits = clean.view(torch.int32).long()
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -138,15 +167,34 @@ def _ordered(logits: Tensor, count: int) -> Tensor:
     return ((rising << 32) | (0xFFFFFFFF - ids)).topk(count, dim=-1).indices
 
 
+def draw(
+    logits: Tensor, params: Sequence[TrackSampling], histories: Sequence[Sequence[int]], uniforms: Sequence[float]
+) -> list[int | NumericsError]:
+    """One id per row by inverse CDF: the first candidate whose share of the sum, with those before it, exceeds the
+    row's number in [0, 1). Where rounding leaves none, the last candidate that can be drawn.
+
+    logits (B, V). A row whose logits are NaN or infinite gets an error in place of an id.
+    """
+    found = _candidates(penalise(logits, params, histories), params)
+    sums = found.weights.cumsum(dim=-1)  # (B, K')
+    exceeds = sums > torch.tensor(uniforms, dtype=torch.float64)[:, None] * sums[:, -1:]
+    last = (found.weights > 0).sum(dim=-1) - 1
+    place = torch.where(exceeds.any(dim=-1), exceeds.int().argmax(dim=-1), last).clamp(min=0)  # (B,)
+    ids = found.ids.gather(-1, place[:, None])[:, 0].tolist()
+    return [token if number else _no_numbers() for token, number in zip(ids, found.numbers.tolist(), strict=True)]
+
+
 def choose(
     logits: Tensor, params: Sequence[TrackSampling], histories: Sequence[Sequence[int]], uniforms: Sequence[float]
 ) -> list[int]:
-    """One id per row by inverse CDF: the first candidate whose cumulative probability exceeds the row's number.
+    """`draw`, but an error of one row is raised."""
+    ids = []
+    for token in draw(logits, params, histories, uniforms):
+        if isinstance(token, NumericsError):
+            raise token
+        ids.append(token)
+    return ids
 
-    logits (B, V), uniforms in [0, 1). Where rounding leaves none, the last candidate that can be drawn.
-    """
-    ids, probabilities = distribution(penalise(logits, params, histories), params)
-    exceeds = probabilities.cumsum(dim=-1) > torch.tensor(uniforms, dtype=torch.float64)[:, None]  # (B, K)
-    last = (probabilities > 0).sum(dim=-1) - 1
-    place = torch.where(exceeds.any(dim=-1), exceeds.int().argmax(dim=-1), last)  # (B,)
-    return ids.gather(-1, place[:, None])[:, 0].tolist()
+
+def _no_numbers() -> NumericsError:
+    return NumericsError("the language model gave NaN or infinite logits; try bfloat16 or float32")

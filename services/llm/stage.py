@@ -1,7 +1,7 @@
 """The language model stage: a conversation and its encoded clips in, one chunk per step out.
 
-Each step is computed by itself, so the turns of a process interleave step by step. An interrupted turn is continued by
-sending the ids that were given out through the same steps again.
+The turns of a process take their steps together (`services.llm.scheduler`). An interrupted turn is continued by sending
+the ids that were given out through the same steps again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from kimia.compute import ComputeThread, open_model, replayed
 from kimia.errors import ParameterError
 from kimia.model.conversation import Message
-from kimia.model.generate import GenerateOptions, Step, TrackTokens, generate
+from kimia.model.engine import Engine
+from kimia.model.generate import GenerateOptions, Step, TrackTokens
 from kimia.model.lm import DualTrackLM, load_lm
 from kimia.model.presets import UPSTREAM
 from kimia.model.prompt import Prompt, build_prompt
@@ -34,6 +35,7 @@ from kimia.v1.turn_pb2 import (
 from services.llm.budget import Fitted, answer_room, fit, turn_starts
 from services.llm.conversation import gather_clips, join_clips, read_messages
 from services.llm.options import AnswerOptions, read_options
+from services.llm.scheduler import Scheduler
 
 STOPS: dict[str | None, StopReason.ValueType] = {
     None: STOP_REASON_UNSPECIFIED,
@@ -45,15 +47,16 @@ WARM_UP_STEPS = 2  # beyond the delay, so that both heads are used
 
 
 class LanguageModelStage:
-    """The language model of one checkpoint with its text tokenizer."""
+    """The language model of one checkpoint with its text tokenizer, `rows` turns to a step."""
 
     kind: StageKind = LLM
 
-    def __init__(self, lm: DualTrackLM, tokenizer: TextTokenizer, compute: ComputeThread) -> None:
+    def __init__(self, lm: DualTrackLM, tokenizer: TextTokenizer, compute: ComputeThread, rows: int) -> None:
         self.lm = lm
         self.tokenizer = tokenizer
         self.compute = compute
         self.tokens = track_tokens(lm.config, tokenizer)
+        self.scheduler = Scheduler(Engine(lm, rows), compute)
 
     @classmethod
     def load(cls, settings: Settings) -> LanguageModelStage:
@@ -62,7 +65,7 @@ class LanguageModelStage:
         root = place.checkpoint.root
         tokenizer = TextTokenizer.load(root, place.configs.lm)
         lm = load_lm(root, device=place.device, dtype=place.dtype)
-        return cls(lm, tokenizer, ComputeThread(settings.threads))
+        return cls(lm, tokenizer, ComputeThread(settings.threads), settings.rows)
 
     async def warm_up(self) -> None:
         """Answer a greeting with a few steps of both tracks."""
@@ -89,15 +92,18 @@ class LanguageModelStage:
         fitted = await compute.run(self._fitted, asked, messages, pieces)
         replay = tuple((chunk.step.text_id, chunk.step.audio_id) for chunk in published)
         options = GenerateOptions(asked.output_type, fitted.steps, asked.sampling, asked.seed, None, asked.say, replay)
-        steps = generate(self.lm, prompt_row(fitted.prompt), self.tokens, options)
+        answering = self.scheduler.join(prompt_row(fitted.prompt), self.tokens, options)
         answer = AnswerChunks(self.tokenizer, self.tokens, asked)
-        while (step := await compute.run(next, steps, None)) is not None:
-            chunk = answer.chunk(step)
-            if step.stop is not None:
-                chunk.final = True
-                chunk.report.CopyFrom(_report(compute.seconds, fitted, step))
-            if not step.replayed:
-                yield chunk
+        try:
+            while (step := await answering.next()) is not None:
+                chunk = answer.chunk(step)
+                if step.stop is not None:
+                    chunk.final = True
+                    chunk.report.CopyFrom(_report(compute.seconds + answering.seconds, fitted, step))
+                if not step.replayed:
+                    yield chunk
+        finally:
+            answering.leave()
 
     def _fitted(
         self, asked: AnswerOptions, messages: Sequence[Message], pieces: Mapping[int, Sequence[Encoded]]

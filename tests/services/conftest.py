@@ -21,7 +21,7 @@ def stages(model: KimiAudio):
     compute = [ComputeThread() for _ in range(3)]
     yield {
         "tokenizer": TokenizerStage(model.encoder, compute[0]),
-        "llm": LanguageModelStage(model.lm, model.tokenizer, compute[1]),
+        "llm": LanguageModelStage(model.lm, model.tokenizer, compute[1], rows=4),
         "detokenizer": DetokenizerStage(model.detokenizer, compute[2]),
     }
     for thread in compute:

@@ -1,0 +1,157 @@
+"""Many answers at once: the fast twin of `kimia.model.generate`, one step of every answer at a time.
+
+    engine = Engine(lm, rows=16)
+    answer = engine.begin(prompt, tokens, options)
+    while answer.waits_for_prefill:
+        engine.prefill(answer)                  # one piece of the prompt
+    step, = engine.step([answer])               # a Step, or the error that ended the answer
+
+The rules of the tracks are those of the twin (`TurnTracks`). Nothing depends on the company: the prompt is read turn by
+turn in pieces that begin at the same positions always; its last position and every step after it, replayed ones too,
+go through the decode step of `kimia.model.fused` at the full number of rows. An answer is therefore the same, bit by
+bit, alone and among others, in one go and taken up again. From the twin it differs by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kimia.errors import KimiaError, ParameterError
+from kimia.model.fused import FusedLM, RowFeed, Wanted
+from kimia.model.generate import GenerateOptions, Step, TrackTokens, TurnTracks
+from kimia.model.lm import DualTrackLM, Row, stack
+from kimia.model.philox import Track, uniform
+from kimia.model.sampler import TrackSampling, draw
+from kimia.model.turn_cache import TurnCache
+
+PIECE = {"cpu": 64, "cuda": 512}  # positions of the prompt that are read at a time: about one step's time
+
+
+class Answer:
+    """One turn in the engine: its prompt, its tracks and its cache. A state object; it belongs to no row."""
+
+    def __init__(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions, cache: TurnCache) -> None:
+        self.prompt = prompt
+        self.tracks = TurnTracks(tokens, options)
+        self.cache = cache
+        self.uniforms = options.uniforms or partial(uniform, options.seed)
+        self._feed = (prompt.audio_ids[-1], prompt.text_ids[-1])
+
+    @property
+    def waits_for_prefill(self) -> bool:
+        """Whether a part of the prompt before its last position has not been read yet."""
+        return self.cache.length < len(self.prompt.audio_ids) - 1
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left."""
+        return self.tracks.stop is not None or self.tracks.index >= self.tracks.options.max_steps
+
+    def feed(self) -> RowFeed:
+        """The next position."""
+        return RowFeed(*self._feed, self.cache, text=self.tracks.draws_text, audio=self.tracks.speaks)
+
+    def wants(self, track: Track) -> bool:
+        """Whether the next step draws an id of the track."""
+        if track is Track.AUDIO:
+            return self.tracks.draws_audio
+        return self.tracks.draws_text and not self.tracks.replaying
+
+    def drawing(self, track: Track) -> tuple[TrackSampling, Sequence[int], float]:
+        """How the next id of the track is drawn: sampling, history, uniform number."""
+        text = track is Track.TEXT
+        sampling = self.tracks.options.sampling.text if text else self.tracks.options.sampling.audio
+        number = 0.0 if sampling.greedy else self.uniforms(track, self.tracks.index)
+        return sampling, self.tracks.text if text else self.tracks.audio, number
+
+    def record(self, text_id: int | None, audio_id: int | None) -> Step:
+        """Take the step with what was drawn. Raises ParameterError for a replay that cannot be."""
+        step = self.tracks.record(text_id, audio_id)
+        self._feed = (step.audio_id, step.text_id)
+        return step
+
+
+class Engine:
+    """The language model answering up to `rows` turns per step."""
+
+    def __init__(self, lm: DualTrackLM, rows: int) -> None:
+        self.lm = lm
+        self.rows = rows
+        self.piece = PIECE[lm.device.type]
+        self._fused = FusedLM(lm, rows)
+
+    def begin(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions) -> Answer:
+        """A turn, nothing computed yet. Raises ParameterError as `generate` does, and for what exceeds the context."""
+        if options.output_type == "both" and self.lm.text_only:
+            raise ParameterError("the model was loaded for text only; load it with its audio branch to make speech")
+        if any(begin + codes >= len(prompt.audio_ids) for begin, codes in prompt.segments):
+            raise ParameterError("a prompt ends with the start of the answer, not with audio")
+        if (
+            len(prompt.audio_ids) + options.max_steps > self.lm.config.max_positions + 1
+        ):  # the last ids are not fed back
+            raise ParameterError(
+                f"{len(prompt.audio_ids)} positions and {options.max_steps} steps exceed the context of "
+                f"{self.lm.config.max_positions}"
+            )
+        return Answer(prompt, tokens, options, self._fused.new_cache(audio=options.output_type == "both"))
+
+    @torch.inference_mode()
+    def prefill(self, answer: Answer) -> None:
+        """Read the next piece of the prompt. Raises AudioError when continuous features do not fit."""
+        begin = answer.cache.length
+        end = min(begin + self.piece, len(answer.prompt.audio_ids) - 1)
+        batch = stack([part(answer.prompt, begin, end)], self.lm.device)
+        answer.cache.reserve(end)
+        extent = self.lm.extent(batch.counts, answer.cache)
+        hidden = self.lm.trunk(self.lm.embed(batch), extent)
+        if answer.tracks.draws_text:
+            self.lm.text_branch(hidden, extent)
+        if answer.tracks.speaks:
+            self.lm.audio_branch(hidden, extent)
+        answer.cache.advance(end - begin)
+
+    @torch.inference_mode()
+    def step(self, answers: Sequence[Answer]) -> list[Step | KimiaError]:
+        """One step of each, up to `rows` of them: what came of it, or the error that ends this one answer."""
+        wanted = Wanted(*(any(answer.wants(track) for answer in answers) for track in (Track.TEXT, Track.AUDIO)))
+        text, audio = self._fused.step([answer.feed() for answer in answers], wanted)
+        text_ids, audio_ids = _drawn(text, Track.TEXT, answers), _drawn(audio, Track.AUDIO, answers)
+        return [_recorded(*each) for each in zip(answers, text_ids, audio_ids, strict=True)]
+
+
+def part(row: Row, begin: int, end: int) -> Row:
+    """Positions begin..end of a row, with the features that belong to them. Raises AudioError as `stack` does."""
+    segments, features = [], []
+    for (start, codes), frames in zip(row.segments, row.features or [], strict=bool(row.features)):
+        first, last = max(start, begin), min(start + codes, end)
+        if first < last:
+            segments.append((first - begin, last - first))
+            features.append(frames[first - start :])
+    return Row(row.audio_ids[begin:end], row.text_ids[begin:end], segments, features)
+
+
+def _drawn(logits: Tensor | None, track: Track, answers: Sequence[Answer]) -> list[int | KimiaError | None]:
+    """Per answer the id that was drawn, an error where the logits are no numbers, None where none was wanted."""
+    drawn: list[int | KimiaError | None] = [None] * len(answers)
+    places = [place for place, answer in enumerate(answers) if answer.wants(track)]
+    if logits is None or not places:
+        return drawn
+    sampling, histories, numbers = zip(*(answers[place].drawing(track) for place in places), strict=True)
+    for place, token in zip(places, draw(logits[places], sampling, histories, numbers), strict=True):
+        drawn[place] = token
+    return drawn
+
+
+def _recorded(answer: Answer, text_id: int | KimiaError | None, audio_id: int | KimiaError | None) -> Step | KimiaError:
+    if isinstance(text_id, KimiaError):
+        return text_id
+    if isinstance(audio_id, KimiaError):
+        return audio_id
+    try:
+        return answer.record(text_id, audio_id)
+    except ParameterError as error:
+        return error
