@@ -24,6 +24,7 @@ from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import Caller, Chunk, InputAudio
 from orchestrator.admission import Reservation
 from orchestrator.checks import check_sound_bytes, checked_caller
+from orchestrator.copies import TurnCopy
 from orchestrator.desk import Desk
 from orchestrator.following import Following, Position
 from orchestrator.gathering import gathered
@@ -47,7 +48,7 @@ from orchestrator.session import (
     SubmitTurn,
 )
 from orchestrator.sound import output_format
-from orchestrator.turn import OpenInput, Turns, Wanted, separated
+from orchestrator.turn import Turns, Wanted, separated
 
 QUEUED_RESPONSES = 16  # between the readers of a turn and a slow client
 
@@ -60,8 +61,12 @@ class Collected:
 
     messages: tuple[Message, ...] = ()
     next_audio_index: int = 0
-    next_chunk: int = 0  # of the input log
-    pieces: tuple[tuple[int, int], ...] = ()  # clip and bytes of each
+    written: tuple[Chunk, ...] = ()  # the input log
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Clip and bytes of each piece of sound."""
+        return [(chunk.input.clip, len(chunk.input.data)) for chunk in self.written if chunk.input.data]
 
 
 class Call:
@@ -81,7 +86,7 @@ class Call:
         self._reservation: Reservation | None = None
         self._caller = Caller()
         self._session_id = ""
-        self._input: OpenInput | None = None
+        self._input: TurnCopy | None = None
         self._next_chunk = 0
         self._unstored: list[Chunk] = []  # sound that was taken and not written yet
         self._unstored_index = 0  # of the last piece of it
@@ -289,10 +294,10 @@ class Call:
         if not record.open_turn_id:
             return collected
         try:
-            self._input = await self._turns.reopen(record.open_turn_id)
+            self._input = await self._turns.reopen(record.open_turn_id, collected.written)
         except NotFoundError:  # it has expired: its sound is lost, its indices are not used again
             return Collected(next_audio_index=collected.next_audio_index)
-        self._next_chunk = collected.next_chunk
+        self._next_chunk = len(collected.written)
         return collected
 
     # ---- input ----
@@ -333,7 +338,7 @@ class Call:
             self._session_id, lambda record: _take_collected(record, action.next_audio_index)
         )
         if opened is not None:
-            await patiently(lambda: self._turns.journal.cancel(opened.turn_id))
+            await self._turns.cancel(opened.turn_id)
 
     # ---- turns ----
 
@@ -459,8 +464,7 @@ async def read_collected(turns: Turns, record: SessionRecord) -> Collected:
     return Collected(
         messages=tuple(messages),
         next_audio_index=record.next_audio_index + sum(bool(chunk.input.data) for chunk in log_),
-        next_chunk=len(log_),
-        pieces=tuple((chunk.input.clip, len(chunk.input.data)) for chunk in log_ if chunk.input.data),
+        written=tuple(log_),
     )
 
 

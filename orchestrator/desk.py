@@ -98,7 +98,7 @@ class Desk:
     async def drop(self, session_id: str) -> None:
         """Delete a conversation of one request, and give its rows back."""
         try:
-            await patiently(lambda: self.turns.journal.delete_session(session_id))
+            await self.turns.delete(session_id)
         except NotFoundError:
             log.debug("deleted before", session=session_id)
         await self.admission.ledger.release(session_id)

@@ -7,6 +7,7 @@ in whichever process, finds the same events under the same indices and leaves ou
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from kimia.stage import DETOKENIZER, LLM, StageKind, route_of
 from kimia.streams.inbox import Feed
 from kimia.v1.kimi_audio_pb2 import AudioChunk, TextDelta, TurnEvent, TurnStarted
 from kimia.v1.turn_pb2 import Chunk, StageReport, StopReason, Turn
+from orchestrator import records
 from orchestrator.sound import OutputSound, output_format
 
 T = TypeVar("T")
@@ -53,10 +55,15 @@ class Following:
         self._played_until = 0.0  # the loop's clock
 
     def __enter__(self) -> Following:
+        self.feed.patience = self._patience
         return self
 
     def __exit__(self, *_: object) -> None:
         self.feed.close()
+
+    def _patience(self) -> float:
+        """Seconds that a client waits for a journal that is away: up to the deadline of its turn."""
+        return max(self.turn.deadline.ToMicroseconds() / 1e6 - time.time(), records.PATIENCE)
 
     @property
     def sent_ms(self) -> int:

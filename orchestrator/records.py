@@ -10,10 +10,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from kimia.errors import NotFoundError, StateError, UnavailableError
 from kimia.streams import keys
+from kimia.streams.connections import reached
 from kimia.streams.journal import Journal
-from kimia.streams.wire import Wire, reached
+from kimia.streams.wire import Wire
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import Caller
+from orchestrator.copies import Copies
 
 T = TypeVar("T")
 
@@ -22,36 +24,42 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
 CONFLICTS = 20  # attempts at a record that others keep changing
 
 
-async def patiently(call: Callable[[], Awaitable[T]], patience: float = PATIENCE) -> T:
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
     """The answer of an idempotent call, as soon as the journal can be reached. Raises UnavailableError in the end."""
-    pause, waited = FIRST_PAUSE, 0.0
+    clock = asyncio.get_running_loop().time
+    latest, pause = clock() + PATIENCE, FIRST_PAUSE
     while True:
         try:
             return await call()
         except UnavailableError:
-            if waited >= patience:
+            if clock() + pause > latest:
                 raise
             await asyncio.sleep(pause)
-            waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class Records:
-    """The sessions of all tenants; nobody sees those of another."""
+    """The sessions of all tenants; nobody sees those of another. What was saved here and lost is found again."""
 
-    def __init__(self, wire: Wire, journal: Journal) -> None:
+    def __init__(self, wire: Wire, journal: Journal, copies: Copies) -> None:
         self._wire = wire
         self._journal = journal
+        self._copies = copies
 
     async def load(self, session_id: str, tenant: str) -> SessionRecord:
         """A session of this tenant. Raises NotFoundError."""
-        record, _ = await patiently(lambda: self._journal.load_session(session_id))
+        record, _ = await self.latest(session_id)
         _check_tenant(record, tenant)
         return record
+
+    async def latest(self, session_id: str) -> tuple[SessionRecord, int]:
+        """A session and its version, not older than what was saved here. Raises NotFoundError."""
+        return await patiently(lambda: self._latest(session_id))
 
     async def check_tenant(self, session_id: str, tenant: str) -> None:
         """Raise NotFoundError for a session of another tenant; one that does not exist is nobody's yet."""
         try:
-            record, _ = await patiently(lambda: self._journal.load_session(session_id))
+            record, _ = await self.latest(session_id)
         except NotFoundError:
             return
         _check_tenant(record, tenant)
@@ -69,7 +77,7 @@ class Records:
         except NotFoundError:
             record = new_record(session_id, caller, one_off=one_off)
         try:
-            await patiently(lambda: self._journal.save_session(record, 0))
+            await patiently(lambda: self._save(record, 0))
         except StateError:  # somebody else has begun it, or it belongs to another tenant
             return (await self.load(session_id, caller.tenant)), False
         return record, True
@@ -83,17 +91,30 @@ class Records:
 
     async def _changed(self, session_id: str, edit: Callable[[SessionRecord], T]) -> T:
         for _ in range(CONFLICTS):
-            record, version = await self._journal.load_session(session_id)
+            record, version = await self._latest(session_id)
             before = record.SerializeToString(deterministic=True)
             result = edit(record)
             if record.SerializeToString(deterministic=True) == before:
                 return result
             try:
-                await self._journal.save_session(record, version)
+                await self._save(record, version)
             except StateError:
                 continue
             return result
         raise UnavailableError(f"session {session_id} is changed by others all the time; try again", retry_after=1.0)
+
+    async def _latest(self, session_id: str) -> tuple[SessionRecord, int]:
+        found = await self._copies.surely(lambda: self._journal.load_session(session_id))
+        kept = self._copies.records.get(session_id)
+        if kept is not None and found[1] < kept[1] and await self._copies.repaired():
+            return await self._journal.load_session(session_id)
+        return found
+
+    async def _save(self, record: SessionRecord, version: int) -> None:
+        saved = await self._journal.save_session(record, version)
+        copy = SessionRecord()
+        copy.CopyFrom(record)
+        self._copies.records.keep(record.id, (copy, saved))
 
 
 def _check_tenant(record: SessionRecord, tenant: str) -> None:

@@ -33,7 +33,6 @@ from orchestrator.call import Call, read_collected
 from orchestrator.checks import checked_caller
 from orchestrator.desk import Desk
 from orchestrator.memory import clips_of
-from orchestrator.records import patiently
 from orchestrator.single import Ask, generate, resume
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -147,7 +146,7 @@ class KimiAudio(KimiAudioServicer):
         with self._serving() as desk:
             tenant = checked_caller(request.caller).tenant
             await desk.turns.records.load(request.session_id, tenant)
-            await patiently(lambda: desk.turns.journal.delete_session(request.session_id))
+            await desk.turns.delete(request.session_id)
             await desk.admission.ledger.release(request.session_id)
             return DeleteSessionResponse()
 

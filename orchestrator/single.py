@@ -15,11 +15,11 @@ from kimia.v1.kimi_audio_pb2 import GenerateRequest, ResumeRequest, TurnEvent
 from kimia.v1.turn_pb2 import Caller
 from orchestrator.admission import Reservation
 from orchestrator.checks import check_generate, check_sound_bytes, checked_caller
+from orchestrator.copies import TurnCopy
 from orchestrator.desk import Desk
 from orchestrator.following import Position
 from orchestrator.memory import route_for
-from orchestrator.records import patiently
-from orchestrator.turn import OpenInput, Turns, Wanted, separated
+from orchestrator.turn import Turns, Wanted, separated
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ async def _started(turns: Turns, ask: Ask) -> str:
     try:
         return await _submitted(turns, ask, opened)
     except KimiaError:
-        await patiently(lambda: turns.journal.cancel(opened.turn_id))
+        await turns.cancel(opened.turn_id)
         raise
 
 
-async def _submitted(turns: Turns, ask: Ask, opened: OpenInput) -> str:
+async def _submitted(turns: Turns, ask: Ask, opened: TurnCopy) -> str:
     messages, chunks = separated(opened.turn_id, ask.request.messages)
     await turns.append(opened, chunks)
     request = ask.request
@@ -119,7 +119,7 @@ async def _submitted(turns: Turns, ask: Ask, opened: OpenInput) -> str:
     )
     started = await turns.start(opened, wanted)
     if isinstance(started, str):  # the same request, sent twice at once
-        await patiently(lambda: turns.journal.cancel(opened.turn_id))
+        await turns.cancel(opened.turn_id)
         return started
     return started.id
 

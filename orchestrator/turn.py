@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, Message, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_INTERACTIVE, Caller, Chunk, InputAudio, JobClass, StageReport, Turn
 from orchestrator.checks import PRESETS
+from orchestrator.copies import APPENDED_AT_ONCE, Copies, TurnCopy
 from orchestrator.following import Following, Position
 from orchestrator.memory import (
     answer_of,
@@ -45,19 +46,10 @@ from orchestrator.records import Records, patiently
 from orchestrator.session import LARGEST_PIECE
 from orchestrator.sound import output_format
 
-APPENDED_AT_ONCE = 16  # pieces of input in one call to the journal: 1 MiB
 STARTING_SECONDS = 1.0  # after which a turn that was claimed and not submitted is submitted by whoever needs it
 STARTING_PAUSE = 0.02  # seconds between two looks
 
 log = get_logger()
-
-
-@dataclass(frozen=True)
-class OpenInput:
-    """A turn whose input log may be written."""
-
-    turn_id: str
-    token: int
 
 
 @dataclass(frozen=True)
@@ -155,33 +147,61 @@ class Turns:
         self.journal = Journal(wire)
         self.inbox = inbox
         self.blobs = Blobs(wire)
-        self.records = Records(wire, self.journal)
+        self.copies = Copies(self.journal, inbox)
+        self.records = Records(wire, self.journal, self.copies)
         self._rescues: dict[str, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
         """End what goes on beside the calls."""
         await end(list(self._rescues.values()))
+        await self.copies.aclose()
 
-    async def open(self, session_id: str, caller: Caller, turn_id: str = "") -> OpenInput:
+    async def open(self, session_id: str, caller: Caller, turn_id: str = "") -> TurnCopy:
         """A new turn of the session, ready for input. Raises NotFoundError for a deleted session."""
         turn = Turn(id=turn_id or keys.new_turn_id(session_id), session_id=session_id, caller=caller)
         opened = await patiently(lambda: self.journal.open_turn(turn, self.inbox.owner))
-        return OpenInput(opened.turn_id, opened.token)
+        return self._kept(TurnCopy(turn, opened.token))
 
-    async def reopen(self, turn_id: str) -> OpenInput:
-        """An open turn, taken over from whoever wrote its input before. Raises NotFoundError."""
-        token = await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))
-        return OpenInput(turn_id, token)
+    async def reopen(self, turn_id: str, written: Sequence[Chunk]) -> TurnCopy:
+        """An open turn, taken over from whoever has written its input, which is given. Raises NotFoundError."""
+        token = await patiently(lambda: self.copies.surely(lambda: self.journal.take_reader(turn_id, self.inbox.owner)))
+        head = await self._head(turn_id)
+        return self._kept(TurnCopy(head.turn, token, list(written)))
 
-    async def append(self, opened: OpenInput, chunks: Sequence[Chunk]) -> None:
+    async def append(self, opened: TurnCopy, chunks: Sequence[Chunk]) -> None:
         """Write input. Raises StateError, TurnCancelledError, NotFoundError."""
+        opened.add(chunks)
         for start in range(0, len(chunks), APPENDED_AT_ONCE):
             some = chunks[start : start + APPENDED_AT_ONCE]
-            await patiently(lambda some=some: self.journal.append_input(opened.turn_id, opened.token, some))  # type: ignore[misc]
+            await self._written(opened, lambda some=some: self.journal.append_input(opened.turn_id, opened.token, some))  # type: ignore[misc]
+
+    async def cancel(self, turn_id: str) -> None:
+        """Stop a turn, if it has not ended."""
+        copy = self.copies.turns.get(turn_id)
+        if copy is not None:
+            copy.cancelled = True
+        await patiently(lambda: self.journal.cancel(turn_id))
+
+    async def delete(self, session_id: str) -> None:
+        """Delete a session for good. Raises NotFoundError."""
+        self.copies.deleted(session_id)
+        await patiently(lambda: self.journal.delete_session(session_id))
+
+    def _kept(self, copy: TurnCopy) -> TurnCopy:
+        self.copies.turns.keep(copy.turn_id, copy)
+        return copy
+
+    async def _written(self, opened: TurnCopy, write: Callable[[], Awaitable[object]]) -> None:
+        """Write for a turn of which a copy is kept; what it lacks is written again before."""
+        self._kept(opened)
+        await patiently(lambda: self.copies.surely(write))
+
+    async def _head(self, turn_id: str) -> Head:
+        return await patiently(lambda: self.copies.surely(lambda: self.journal.head(turn_id)))
 
     async def start(
         self,
-        opened: OpenInput,
+        opened: TurnCopy,
         wanted: Wanted,
         also: Callable[[SessionRecord], None] | None = None,
         last: Sequence[Chunk] = (),
@@ -218,10 +238,11 @@ class Turns:
             await self._submit(turn, opened, last)
         return turn
 
-    async def _submit(self, turn: Turn, opened: OpenInput, last: Sequence[Chunk]) -> None:
+    async def _submit(self, turn: Turn, opened: TurnCopy, last: Sequence[Chunk]) -> None:
         try:
             await self.append(opened, last)
-            await patiently(lambda: self.journal.submit(turn, opened.token))
+            await self._written(opened, lambda: self.journal.submit(turn, opened.token))
+            opened.turn, opened.submitted = turn, True
         except KimiaError:
             if await self._is_submitted(turn.id):  # by another process, which has taken the turn over
                 return
@@ -231,7 +252,7 @@ class Turns:
 
     async def _is_submitted(self, turn_id: str) -> bool:
         try:
-            return bool((await patiently(lambda: self.journal.head(turn_id))).submitted)
+            return bool((await self._head(turn_id)).submitted)
         except NotFoundError:
             return False
 
@@ -242,10 +263,10 @@ class Turns:
         """
         latest = time.monotonic() + STARTING_SECONDS
         while True:
-            head = await patiently(lambda: self.journal.head(turn_id))
+            head = await self._head(turn_id)
             if head.state != "open":
                 return head
-            record, _ = await patiently(lambda: self.journal.load_session(keys.session_of(turn_id)))
+            record, _ = await self.records.latest(keys.session_of(turn_id))
             if record.running_turn_id != turn_id:
                 raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
             if time.monotonic() > latest:
@@ -268,8 +289,8 @@ class Turns:
     async def _submit_again(self, record: SessionRecord) -> None:
         """Do what is left of a start: the end of the input, the submission. Whoever else tries is fenced off."""
         turn = starting(record)
-        opened = await self.reopen(turn.id)
         written = await patiently(lambda: self.journal.read(turn.id, "input"))
+        opened = await self.reopen(turn.id, written)
         last = []
         if written and not written[-1].final:
             clip_end = InputAudio(clip=written[-1].input.clip, clip_end=True)
@@ -287,20 +308,27 @@ class Turns:
         """Read a turn of this tenant, here from now on. Raises NotFoundError; StateError while it is not submitted."""
         feed = self.inbox.feed(turn_id)
         try:
-            head = await patiently(lambda: self.journal.head(turn_id))
+            head = await self._head(turn_id)
             if head.turn.caller.tenant != tenant:
                 raise NotFoundError(
                     f"no turn {turn_id}: it has expired or was deleted; open a new one", field="turn_id"
                 )
             head = await self._submitted(turn_id)
-            if head.reader != self.inbox.owner:
-                await patiently(lambda: self.journal.take_reader(turn_id, self.inbox.owner))
+            if head.reader != self.inbox.owner or self.copies.turns.get(turn_id) is None:
+                await self._take_over(head)
             if not head.submitted:
                 raise StateError(f"turn {turn_id} was never committed; commit it first", field="turn_id")
         except BaseException:
             feed.close()
             raise
         return Following(feed, head.turn, position)
+
+    async def _take_over(self, head: Head) -> None:
+        """Read a submitted turn from now on, and keep what whoever has started it kept."""
+        turn_id = head.turn.id
+        written = await patiently(lambda: self.journal.read(turn_id, "input")) if head.next["input"] else []
+        token = await patiently(lambda: self.copies.surely(lambda: self.journal.take_reader(turn_id, self.inbox.owner)))
+        self._kept(TurnCopy(head.turn, token, written, submitted=bool(head.submitted)))
 
     # ---- settling ----
 
@@ -310,7 +338,7 @@ class Turns:
         if not record.running_turn_id:
             return record
         try:
-            head = await patiently(lambda: self.journal.head(record.running_turn_id))
+            head = await self._head(record.running_turn_id)
         except NotFoundError:
             await self.records.change(session_id, lambda fresh: _end(fresh, record.running_turn_id))
             return await self.records.load(session_id, tenant)
@@ -339,8 +367,8 @@ class Turns:
 
     async def stop(self, turn_id: str, heard_ms: int | None) -> Settled:
         """Cancel a turn and settle it. Raises NotFoundError when it is gone."""
-        await patiently(lambda: self.journal.cancel(turn_id))
-        return await self.settle(await patiently(lambda: self.journal.head(turn_id)), heard_ms)
+        await self.cancel(turn_id)
+        return await self.settle(await self._head(turn_id), heard_ms)
 
     async def cut(self, turn_id: str, heard_ms: int | None) -> int:
         """Cut the answer of a turn that was settled to what was heard; the codes that are left of it."""

@@ -8,6 +8,7 @@ import torch
 
 from kimia.model.random_weights import new_checkpoint
 from tests.servers import journal_url, redis7_server, valkey_server, valkey_url  # noqa: F401  (fixtures for all)
+from tests.stores import stores  # noqa: F401
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 

@@ -40,14 +40,19 @@ def embedded(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def redis7_server(tmp_path_factory) -> Iterator[str]:
     """URL of Redis 7.0; skips where it is not at hand."""
+    binary, environment = redis7()
+    with _running([binary], environment, tmp_path_factory.mktemp("redis7")) as url:
+        yield url
+
+
+def redis7() -> tuple[str, dict[str, str]]:
+    """The server program of Redis 7.0 and its environment; skips where it is not at hand."""
     place = Path(os.environ.get("KIMIA_REDIS7", _ROOT / ".redis7"))
     binary = place if place.is_file() else place / "usr/bin/redis-server"
     if not binary.exists():
         pytest.skip(_FETCH)
     libraries = [str(path) for folder in ("usr/lib", "lib") for path in (place / folder).glob("*-linux-gnu")]
-    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)} if libraries else dict(os.environ)
-    with _running([str(binary)], environment, tmp_path_factory.mktemp("redis7")) as url:
-        yield url
+    return str(binary), {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)} if libraries else dict(os.environ)
 
 
 @pytest.fixture

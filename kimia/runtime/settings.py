@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from kimia.errors import SettingsError
+from kimia.streams.addresses import check_url
 
 if TYPE_CHECKING:
     from kimia.streams.wire import WireOptions
 
 __all__ = ["Settings", "read_settings"]
 
-REDIS = r"^((redis|rediss|unix)://.+)?$"
 ADDRESS = r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):\d{1,5}$"
 
 S = TypeVar("S", bound=BaseSettings)
@@ -33,12 +33,10 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,  # may hold a password
-        pattern=REDIS,
-        description="Journal: sessions, jobs and logs. `redis://`, `rediss://`, `unix://`; empty: a stage alone",
+        description="Journal: sessions, jobs and logs. `redis://`, `rediss://`, `unix://`, `redis+sentinel://`; "
+        "empty: a stage alone",
     )
-    blob_url: str = Field(
-        "", repr=False, pattern=REDIS, description="Blobs, which may be lost. Empty: the journal's server"
-    )
+    blob_url: str = Field("", repr=False, description="Blobs, which may be lost. Empty: the journal's server")
     partitions: int = Field(1, ge=1, le=1024, description="Partitions of sessions; the same in every process, for good")
     lease_seconds: float = Field(2.0, gt=0, description="Silence of a worker after which others take its turns over")
     turn_ttl_seconds: float = Field(900.0, gt=0, description="Life of a turn's keys after its last write")
@@ -102,6 +100,16 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object per line, or text to read")
+
+    @field_validator("redis_url", "blob_url")
+    @classmethod
+    def _is_redis_url(cls, url: str) -> str:
+        if url:
+            try:
+                check_url(url)
+            except SettingsError as error:
+                raise ValueError(str(error)) from None
+        return url
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> Settings:

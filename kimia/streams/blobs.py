@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kimia.streams.wire import Wire, reached
+from kimia.streams.connections import reached
+from kimia.streams.wire import Wire
 
 
 class Blobs:

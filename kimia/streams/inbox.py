@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Self, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Self, TypeAlias, TypeVar
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
-from kimia.errors import NotFoundError
+from kimia.errors import NotFoundError, UnavailableError
 from kimia.stage import Log
 from kimia.streams import keys
-from kimia.streams.journal import Head, Journal, deadline_us, parse_head
-from kimia.streams.patience import Patience, end, pause_after
+from kimia.streams.connections import reached
+from kimia.streams.journal import Head, Journal, deadline_us, history_of, parse_head
+from kimia.streams.patience import LONGEST_PAUSE, Patience, end, pause_after
 from kimia.streams.together import Together
-from kimia.streams.wire import Wire, reached
+from kimia.streams.wire import Wire
 from kimia.v1.turn_pb2 import Chunk
 
+Surely: TypeAlias = Callable[[Callable[[], Awaitable[Head]]], Awaitable[Head]]
 Request: TypeAlias = tuple[str, Log | None, int]  # turn, log (None: its head), first index
+
+T = TypeVar("T")
 
 BLOCK = 1.0  # seconds of one blocked read: a stop that is not noticed takes no longer
 BATCH = 1000  # pointers read at once; a full batch means that older ones may have been trimmed
@@ -39,6 +43,8 @@ class Inbox:
         self.journal = Journal(wire)
         self.patience = Patience()
         self.look = look
+        self.connected: Callable[[str], None] = lambda _: None  # told the history of the journal: see `Journal.history`
+        self.surely: Surely = _once  # asks again where that may help
         self._wire = wire
         self._feeds: dict[str, set[Feed]] = {}
         self._stopped = False
@@ -73,6 +79,10 @@ class Inbox:
         if not feeds:
             self._feeds.pop(feed.turn_id, None)
 
+    def follows(self, turn_id: str) -> bool:
+        """Whether a feed of the turn is open."""
+        return turn_id in self._feeds
+
     # ---- reading logs ----
 
     async def read(self, turn_id: str, log: Log, start: int) -> list[Chunk]:
@@ -81,6 +91,9 @@ class Inbox:
 
     async def head(self, turn_id: str) -> Head:
         """A turn's head, as soon as the journal can be reached. Raises NotFoundError."""
+        return await self.patience.reach(lambda: self.surely(lambda: self._head(turn_id)))
+
+    async def _head(self, turn_id: str) -> Head:
         fields = await self._together.ask((turn_id, None, 0))
         if not fields:
             raise NotFoundError(f"no turn {turn_id}: it has expired or was deleted; open a new one", field="turn_id")
@@ -109,6 +122,7 @@ class Inbox:
         while not self._stopped:
             try:
                 last = await self._tail(client, key)
+                self.connected(await history_of(client))
                 self._wake_all()
                 failures = 0
                 while not self._stopped:
@@ -139,10 +153,13 @@ class Inbox:
 
 
 class Feed:
-    """One turn as it goes on. Waits out a journal that cannot be reached."""
+    """One turn as it goes on. Waits out a journal that cannot be reached, or as long as `patience` says."""
 
     def __init__(self, inbox: Inbox, turn_id: str) -> None:
         self.turn_id = turn_id
+        self.patience: Callable[[], float | None] = lambda: (
+            None
+        )  # seconds that one look may take; None: as long as it takes
         self._inbox = inbox
         self._waiting: set[_Bell] = set()
 
@@ -165,7 +182,7 @@ class Feed:
         """The log's chunks from index `start` on, as they come.
 
         Ends after the final one, or where the log stands when the turn has reached a terminal state. Raises
-        NotFoundError when the turn is gone.
+        NotFoundError when the turn is gone, UnavailableError when patience ends.
         """
         bell = _Bell(log)
         self._waiting.add(bell)
@@ -173,7 +190,7 @@ class Feed:
             while True:
                 looked = bell.answer()
                 ended = looked and (await self._head()).over  # before the read: nothing follows the end
-                for chunk in await self._inbox.read(self.turn_id, log, start):
+                for chunk in await self._within_reach(self._inbox.read(self.turn_id, log, start)):
                     yield chunk
                     start = chunk.index + 1
                     if chunk.final:
@@ -185,6 +202,9 @@ class Feed:
             self._waiting.discard(bell)
 
     async def _head(self) -> Head:
+        return await self._within_reach(self._looked_at())
+
+    async def _looked_at(self) -> Head:
         """The turn's head; where no worker can be told that it is too late to begin, this is told here."""
         head = await self._inbox.head(self.turn_id)
         if not head.over and 0 < deadline_us(head.turn) < time.time() * 1e6:
@@ -193,7 +213,7 @@ class Feed:
         return head
 
     async def ended(self) -> Head:
-        """Wait for a terminal state. Raises NotFoundError when the turn is gone."""
+        """Wait for a terminal state. Raises as `chunks` does."""
         bell = _Bell("state")
         self._waiting.add(bell)
         try:
@@ -205,6 +225,14 @@ class Feed:
                 await bell.wait(self._inbox.look)
         finally:
             self._waiting.discard(bell)
+
+    async def _within_reach(self, look: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self.patience()):
+                return await look
+        except TimeoutError as error:
+            rule = "the journal cannot be reached; the turn goes on when it is back: resume it then"
+            raise UnavailableError(rule, retry_after=LONGEST_PAUSE) from error
 
 
 class _Bell:
@@ -234,3 +262,7 @@ class _Bell:
                 await self._rung.wait()
         except TimeoutError:
             self._look = True
+
+
+async def _once(call: Callable[[], Awaitable[Head]]) -> Head:
+    return await call()

@@ -9,8 +9,9 @@ from typing import Any
 
 from kimia.stage import LLM, TOKENIZER, StageKind
 from kimia.streams import keys
+from kimia.streams.connections import reached
 from kimia.streams.journal import job_class, milliseconds, next_stage, too_late, turn_keys
-from kimia.streams.wire import Argument, Call, Wire, reached
+from kimia.streams.wire import Argument, Call, Wire
 from kimia.v1.turn_pb2 import Chunk, Failure, Turn
 
 _INTERNAL = 13  # google.rpc.Code

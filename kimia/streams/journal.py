@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
+import redis.asyncio as redis
+
 from kimia.errors import NotFoundError, RequestError, StateError, TurnCancelledError
 from kimia.stage import STAGES, TOKENIZER, Log, StageKind, route_of
 from kimia.streams import keys
-from kimia.streams.wire import Argument, Wire, reached
+from kimia.streams.connections import reached
+from kimia.streams.wire import Argument, Wire
 from kimia.v1.conversation_pb2 import Message
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Chunk, Failure, Turn
@@ -54,6 +57,7 @@ class Head:
     stages: Mapping[str, StageTimes]
     next: Mapping[Log, int]
     reader: str
+    reader_token: int
 
     @property
     def over(self) -> bool:
@@ -68,6 +72,14 @@ class Journal:
         self._wire = wire
         self._turn_ttl = milliseconds(wire.options.turn_ttl)
         self._session_ttl = milliseconds(wire.options.session_ttl)
+
+    async def history(self) -> str:
+        """Names the line of writes that the server's data come from: another after every restart and promotion.
+
+        So what was written under another name may be lost.
+        """
+        with reached("journal"):
+            return await history_of(self._wire.journal)
 
     # ---- turns ----
 
@@ -198,6 +210,19 @@ class Journal:
             raise StateError(f"session {record.id} was changed by another call; load it and try again")
         return cast(int, found[0])
 
+    async def restore_session(self, record: SessionRecord, version: int) -> bool:
+        """Write a session as it was, where a fail-over has lost this version; whether it had. Deleted ones stay so."""
+        names = session_keys(self._session_partition(record.id), record.id)
+        args: list[Argument] = [version, record.SerializeToString(), self._session_ttl, *_blobs_of(record)]
+        [answer] = await self._wire.call("restore", names, args)
+        return bool(answer == b"restored")
+
+    async def bury_session(self, session_id: str) -> None:
+        """Let nothing bring a session back of which there is nothing left to delete."""
+        p = self._session_partition(session_id)
+        with reached("journal"):
+            await self._wire.journal.set(keys.gone(p, session_id), 1, px=self._turn_ttl)
+
     async def delete_session(self, session_id: str) -> None:
         """Delete a session, its turns and the blobs it used; who writes later finds nothing. Raises NotFoundError."""
         names = session_keys(self._session_partition(session_id), session_id)
@@ -216,6 +241,12 @@ class Journal:
 
 
 # ---- what jobs share ----------------------------------------------------------------------------------------------
+
+
+async def history_of(client: redis.Redis) -> str:
+    """See `Journal.history`."""
+    found: Any = await client.info("replication")
+    return str(found["master_replid"])
 
 
 def turn_keys(p: str, turn_id: str) -> list[str]:
@@ -292,6 +323,7 @@ def parse_head(fields: Mapping[bytes, bytes]) -> Head:
         stages={name: times(name) for name in STAGES if f"{name}:queued".encode() in fields},
         next={log: number(f"{log}:next") for log in keys.LOGS},
         reader=word("reader"),
+        reader_token=number("reader_token"),
     )
 
 

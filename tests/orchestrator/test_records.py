@@ -3,10 +3,12 @@ import asyncio
 import pytest
 
 from kimia.errors import NotFoundError, UnavailableError
+from kimia.streams.inbox import Inbox
 from kimia.streams.journal import Journal
 from kimia.streams.wire import Wire
 from kimia.v1.turn_pb2 import Caller
 from orchestrator import records as module
+from orchestrator.copies import Copies
 from orchestrator.records import Records, new_record, patiently
 
 pytestmark = pytest.mark.unit
@@ -17,7 +19,7 @@ CALLER = Caller(tenant="t")
 @pytest.fixture
 async def records(valkey_url):
     wire = await Wire.connect(valkey_url)
-    yield Records(wire, Journal(wire))
+    yield Records(wire, Journal(wire), Copies(Journal(wire), Inbox(wire, "o")))
     await wire.aclose()
 
 
@@ -94,12 +96,13 @@ async def test_a_journal_that_comes_back_is_waited_for(monkeypatch):
 
 async def test_patience_ends(monkeypatch):
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
 
     async def call():
         raise UnavailableError("away")
 
     with pytest.raises(UnavailableError):
-        await patiently(call, patience=0.01)
+        await patiently(call)
 
 
 def test_a_record_says_when_it_began():

@@ -1,0 +1,181 @@
+"""Clients of one Redis server, however its URL finds it, and what their failures mean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis.asyncio as redis
+from redis.asyncio import sentinel
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import BusyLoadingError, ClusterDownError, OutOfMemoryError, ReadOnlyError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from kimia.errors import SettingsError, UnavailableError
+from kimia.streams.addresses import Sentinels, sentinels
+
+CONNECTIONS = 64  # of one process at once, besides those that are blocked; more calls wait for one
+
+_RETRY_AFTER = 1.0  # seconds
+_ONCE = Retry(NoBackoff(), 0)
+_DROPPED = Retry(ExponentialBackoff(cap=0.1, base=0.01), 3, (RedisConnectionError,))  # seconds: no outage, no silence
+_SILENCE = 5.0  # seconds without an answer, also of a blocked read, after which a connection is given up
+_CONNECT = 2.0  # seconds
+_OPTIONS: dict[str, Any] = {"protocol": 2, "socket_connect_timeout": _CONNECT, "socket_timeout": _SILENCE}
+
+# ---- what a failure means ---------------------------------------------------------------------------------------
+
+# What to do, by the class of the error or by the first word of the server's answer.
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (OutOfMemoryError, "its memory is full: try again when turns have ended, or raise its maxmemory"),
+    (ReadOnlyError, "it is a replica and takes no writes: name its master, or its Sentinels"),
+    (BusyLoadingError, "it is reading its data: it answers when that is done"),
+    (ClusterDownError, "it has lost its master: it answers when there is one"),  # MASTERDOWN too
+    (RedisConnectionError, "check its URL, and that it runs"),
+    (RedisTimeoutError, "check its URL, and that it runs"),
+    (OSError, "check its URL, and that it runs"),
+)
+_WORDS = {
+    "NOREPLICAS": "it has fewer replicas than its min-replicas-to-write asks for: start them",
+    "MISCONF": "it cannot write to its disk: its log says why",
+    "BUSY": "a script keeps it busy: it answers when that has ended",
+    "UNBLOCKED": "its role has changed: it answers when that is done",
+}
+
+
+@contextmanager
+def reached(what: str) -> Iterator[None]:
+    """Turn failures of a server into UnavailableError; `what` names it, e.g. "journal". Wrong commands pass."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        advice = _advice(error)
+        if not advice:
+            raise
+        raise UnavailableError(
+            f"the {what} cannot be reached or refuses ({error}); {advice}", retry_after=_RETRY_AFTER
+        ) from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a failure of the server; "" for an error that is not one."""
+    found = (advice for kind, advice in _ADVICE if isinstance(error, kind))
+    return next(found, _WORDS.get(str(error).partition(" ")[0], ""))
+
+
+# ---- clients ----------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """One server as its URL names it. Connects on first use; `aclose` ends what was made here."""
+
+    def __init__(self, url: str) -> None:
+        """Raises SettingsError for a URL that names no server."""
+        self._sentinels = sentinels(url)
+        self._url = url
+        self._made: list[redis.Redis] = []
+        self._asked: list[sentinel.Sentinel] = []
+
+    def client(self) -> redis.Redis:
+        """A client whose callers share a bounded number of connections."""
+        return self._client(_Pool, _SentinelPool, _DROPPED)
+
+    def blocking(self) -> redis.Redis:
+        """A client of its own for one blocked read at a time.
+
+        It does not repeat a read whose connection was lost: the reader must hear of it, since it may have missed
+        something.
+        """
+        return self._client(redis.ConnectionPool, sentinel.SentinelConnectionPool, _ONCE)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        for client in self._made:
+            await client.aclose()
+        for asked in self._asked:
+            await asked.aclose()
+
+    def _client(self, direct: type[Any], by_sentinels: type[Any], retry: Retry) -> redis.Redis:
+        pool = (
+            self._sentinel_pool(by_sentinels, self._sentinels, retry) if self._sentinels else self._pool(direct, retry)
+        )
+        client = redis.Redis.from_pool(pool)
+        self._made.append(client)
+        return client
+
+    def _pool(self, kind: type[Any], retry: Retry) -> Any:
+        try:
+            pool = kind.from_url(self._url, **_OPTIONS, retry=retry)
+        except ValueError as error:
+            raise SettingsError(f"is no Redis URL ({error}); use redis://host:port/db") from error
+        pool.connection_class = type("_Connection", (_LeavesReplicas, pool.connection_class), {})
+        return pool
+
+    def _sentinel_pool(self, kind: type[Any], named: Sentinels, retry: Retry) -> Any:
+        asked = sentinel.Sentinel(
+            named.addresses,
+            sentinel_kwargs={"socket_connect_timeout": _CONNECT, "socket_timeout": _CONNECT, "retry": _ONCE},
+        )  # type: ignore[no-untyped-call]
+        self._asked.append(asked)
+        place = {"db": named.database, "username": named.username, "password": named.password}
+        return kind(named.service, asked, **place, **_OPTIONS, retry=retry)
+
+
+class _LeavesReplicas:
+    """A connection that is made anew after its server has said that it takes no writes: its name may lead to the new
+    master by now. Connections of Sentinels do so by themselves.
+    """
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """As it is."""
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except ReadOnlyError:
+            self.mark_for_reconnect()  # type: ignore[attr-defined]
+            raise
+
+
+class _Bounded:
+    """Connections that callers wait for when all are in use, where redis-py would refuse them.
+
+    Its BlockingConnectionPool does that too, but loses a connection for good when a caller is cancelled while it gives
+    one back.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options["max_connections"] = 10 * CONNECTIONS
+        super().__init__(*args, **options)
+        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._given: set[Any] = set()
+
+    async def get_connection(self, *_: Any, **__: Any) -> Any:
+        """A connection, as soon as one is free."""
+        await self._free.acquire()
+        try:
+            connection = await super().get_connection()  # type: ignore[misc]
+        except BaseException:
+            self._free.release()
+            raise
+        self._given.add(connection)
+        return connection
+
+    async def release(self, connection: Any) -> None:
+        """Give a connection back; also one that could not be made, which is nobody's yet."""
+        try:
+            await super().release(connection)  # type: ignore[misc]
+        finally:
+            if connection in self._given:
+                self._given.remove(connection)
+                self._free.release()
+
+
+class _Pool(_Bounded, redis.ConnectionPool):
+    """Connections to one address."""
+
+
+class _SentinelPool(_Bounded, sentinel.SentinelConnectionPool):
+    """Connections to the master that Sentinels name."""

