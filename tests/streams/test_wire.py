@@ -4,10 +4,8 @@ import asyncio
 
 import pytest
 import redis
-from redis.exceptions import NoScriptError
 
 from kimia.errors import SettingsError, UnavailableError
-from kimia.streams.connections import reached
 from kimia.streams.wire import Wire, WireOptions, script_names, script_text
 
 pytestmark = pytest.mark.unit
@@ -118,10 +116,3 @@ def test_scripts_are_small_and_say_what_they_take():
         if file.name != "prelude.lua":
             assert all(word in text for word in ("-- KEYS", "-- ARGV", "-- answer")), file.name
             assert script_text(file.name.removesuffix(".lua"))[0].count(text) == 1
-
-
-def test_failures_of_the_connection_are_wrapped():
-    with pytest.raises(UnavailableError, match="the journal cannot be reached"), reached("journal"):
-        raise redis.ConnectionError("refused")
-    with pytest.raises(NoScriptError), reached("journal"):
-        raise NoScriptError("not a failure of the connection")

@@ -1,0 +1,93 @@
+"""What failures of a server mean, and how its connections behave."""
+
+import asyncio
+
+import pytest
+import redis
+from redis.exceptions import NoScriptError, ResponseError
+
+from kimia.errors import SettingsError, UnavailableError
+from kimia.streams import connections
+from kimia.streams.connections import Server, reached
+from kimia.streams.wire import Wire
+from tests.client.proxy import Proxy
+
+pytestmark = pytest.mark.unit
+
+
+async def refused(store, *words):
+    """What a server's answer becomes."""
+    server = Server(store.url)
+    try:
+        with pytest.raises(UnavailableError) as caught, reached("journal"):
+            await server.client().execute_command(*words)
+        return caught.value
+    finally:
+        await server.aclose()
+
+
+async def test_every_refusal_of_a_server_says_what_to_do(stores):
+    store = stores.new().start()
+    store.say("CONFIG", "SET", "min-replicas-to-write", 1)
+    assert "min-replicas-to-write" in (await refused(store, "SET", "a", 1)).rule
+    assert "min-replicas-to-write" in (await refused(store, "EVAL", "redis.call('SET', KEYS[1], 1)", 1, "a")).rule
+    store.say("CONFIG", "SET", "min-replicas-to-write", 0)
+    store.say("CONFIG", "SET", "maxmemory", 1)
+    assert "memory is full" in (await refused(store, "EVAL", "redis.call('SET', KEYS[1], 1)", 1, "a")).rule
+    store.say("CONFIG", "SET", "maxmemory", 0)
+    store.say("CONFIG", "SET", "replica-serve-stale-data", "no")
+    store.say("REPLICAOF", "127.0.0.1", 1)
+    assert "lost its master" in (await refused(store, "GET", "a")).rule
+    store.say("CONFIG", "SET", "replica-serve-stale-data", "yes")
+    error = await refused(store, "SET", "a", 1)
+    assert "takes no writes" in error.rule
+    assert error.retry_after
+
+
+@pytest.mark.parametrize("answer", ["MISCONF Errors writing to the AOF file", "BUSY Redis is busy", "UNBLOCKED force"])
+def test_words_that_redis_py_has_no_class_for(answer):
+    with pytest.raises(UnavailableError, match=answer.split()[0]), reached("journal"):
+        raise ResponseError(answer)
+
+
+def test_failures_of_the_connection_are_wrapped_and_mistakes_are_not():
+    with pytest.raises(UnavailableError, match="the journal cannot be reached"), reached("journal"):
+        raise redis.ConnectionError("refused")
+    with pytest.raises(NoScriptError), reached("journal"):
+        raise NoScriptError("not a failure of the connection")
+
+
+async def test_a_name_that_leads_to_another_server_is_followed_when_the_old_one_takes_no_writes(stores):
+    old, new = stores.new().start(), stores.new().start()
+    async with Proxy(old.address) as line:
+        server = Server(f"redis://{line.address}/0")
+        client = server.client()
+        await client.set("a", 1)
+        line.target = new.address
+        old.say("REPLICAOF", "127.0.0.1", new.port)
+        with pytest.raises(redis.ReadOnlyError):
+            await client.set("a", 2)
+        await client.set("a", 3)
+        assert new.say("GET", "a") == "3"
+        await server.aclose()
+
+
+@pytest.mark.parametrize("kind", ["client", "blocking"])
+async def test_a_server_that_falls_silent_is_given_up(stores, monkeypatch, kind):
+    monkeypatch.setitem(connections._OPTIONS, "socket_timeout", 0.2)
+    store = stores.new().start()
+    server = Server(store.url)
+    client = getattr(server, kind)()
+    await client.ping()
+    store.pause()
+    async with asyncio.timeout(10):
+        with pytest.raises(UnavailableError), reached("journal"):
+            await client.xread({"nothing": "0"}, block=60_000)
+    store.go_on()
+    assert await client.ping()
+    await server.aclose()
+
+
+async def test_a_wrong_url_is_a_wrong_setting():
+    with pytest.raises(SettingsError, match="URL"):
+        await Wire.connect("redis://host:port/0")
