@@ -294,7 +294,7 @@ class Call:
         if not record.open_turn_id:
             return collected
         try:
-            self._input = await self._turns.reopen(record.open_turn_id, collected.written)
+            self._input = await self._turns.reopen(record.open_turn_id, record.caller, collected.written)
         except NotFoundError:  # it has expired: its sound is lost, its indices are not used again
             return Collected(next_audio_index=collected.next_audio_index)
         self._next_chunk = len(collected.written)

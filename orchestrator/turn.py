@@ -162,11 +162,10 @@ class Turns:
         opened = await patiently(lambda: self.journal.open_turn(turn, self.inbox.owner))
         return self._kept(TurnCopy(turn, opened.token))
 
-    async def reopen(self, turn_id: str, written: Sequence[Chunk]) -> TurnCopy:
+    async def reopen(self, turn_id: str, caller: Caller, written: Sequence[Chunk]) -> TurnCopy:
         """An open turn, taken over from whoever has written its input, which is given. Raises NotFoundError."""
-        token = await patiently(lambda: self.copies.surely(lambda: self.journal.take_reader(turn_id, self.inbox.owner)))
-        head = await self._head(turn_id)
-        return self._kept(TurnCopy(head.turn, token, list(written)))
+        turn = Turn(id=turn_id, session_id=keys.session_of(turn_id), caller=caller)
+        return self._kept(TurnCopy(turn, await self._take_reader(turn_id), list(written)))
 
     async def append(self, opened: TurnCopy, chunks: Sequence[Chunk]) -> None:
         """Write input. Raises StateError, TurnCancelledError, NotFoundError."""
@@ -195,6 +194,9 @@ class Turns:
         """Write for a turn of which a copy is kept; what it lacks is written again before."""
         self._kept(opened)
         await patiently(lambda: self.copies.surely(write))
+
+    async def _take_reader(self, turn_id: str) -> int:
+        return await patiently(lambda: self.copies.surely(lambda: self.journal.take_reader(turn_id, self.inbox.owner)))
 
     async def _head(self, turn_id: str) -> Head:
         return await patiently(lambda: self.copies.surely(lambda: self.journal.head(turn_id)))
@@ -244,17 +246,18 @@ class Turns:
             await self._written(opened, lambda: self.journal.submit(turn, opened.token))
             opened.turn, opened.submitted = turn, True
         except KimiaError:
-            if await self._is_submitted(turn.id):  # by another process, which has taken the turn over
+            if await self._is_anothers(opened):  # who has submitted it, or is about to
                 return
             await self.records.change(turn.session_id, lambda record: _end(record, turn.id))
             raise
         log.info("turn submitted", turn=turn.id, stages=len(turn.route), messages=len(turn.messages))
 
-    async def _is_submitted(self, turn_id: str) -> bool:
+    async def _is_anothers(self, opened: TurnCopy) -> bool:
         try:
-            return bool((await self._head(turn_id)).submitted)
+            head = await self._head(opened.turn_id)
         except NotFoundError:
             return False
+        return bool(head.submitted) or head.reader_token > opened.token
 
     async def _submitted(self, turn_id: str) -> Head:
         """The head of a turn once it is submitted: soon, or now, where its process died between two writes.
@@ -290,7 +293,7 @@ class Turns:
         """Do what is left of a start: the end of the input, the submission. Whoever else tries is fenced off."""
         turn = starting(record)
         written = await patiently(lambda: self.journal.read(turn.id, "input"))
-        opened = await self.reopen(turn.id, written)
+        opened = await self.reopen(turn.id, record.caller, written)
         last = []
         if written and not written[-1].final:
             clip_end = InputAudio(clip=written[-1].input.clip, clip_end=True)
@@ -327,7 +330,7 @@ class Turns:
         """Read a submitted turn from now on, and keep what whoever has started it kept."""
         turn_id = head.turn.id
         written = await patiently(lambda: self.journal.read(turn_id, "input")) if head.next["input"] else []
-        token = await patiently(lambda: self.copies.surely(lambda: self.journal.take_reader(turn_id, self.inbox.owner)))
+        token = await self._take_reader(turn_id)
         self._kept(TurnCopy(head.turn, token, written, submitted=bool(head.submitted)))
 
     # ---- settling ----

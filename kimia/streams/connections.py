@@ -70,59 +70,44 @@ def _advice(error: Exception) -> str:
 # ---- clients ----------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """One server as its URL names it. Connects on first use; `aclose` ends what was made here."""
+def connected(url: str) -> redis.Redis:
+    """A client that connects on first use; its callers share a bounded number of connections. Raises SettingsError."""
+    named = sentinels(url)
+    return redis.Redis.from_pool(_sentinel_pool(named) if named else _pool(url))
 
-    def __init__(self, url: str) -> None:
-        """Raises SettingsError for a URL that names no server."""
-        self._sentinels = sentinels(url)
-        self._url = url
-        self._made: list[redis.Redis] = []
-        self._asked: list[sentinel.Sentinel] = []
 
-    def client(self) -> redis.Redis:
-        """A client whose callers share a bounded number of connections."""
-        return self._client(_Pool, _SentinelPool, _DROPPED)
+def blocking(client: redis.Redis) -> redis.Redis:
+    """A client of the same server for one blocked read at a time.
 
-    def blocking(self) -> redis.Redis:
-        """A client of its own for one blocked read at a time.
-
-        It does not repeat a read whose connection was lost: the reader must hear of it, since it may have missed
-        something.
-        """
-        return self._client(redis.ConnectionPool, sentinel.SentinelConnectionPool, _ONCE)
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        for client in self._made:
-            await client.aclose()
-        for asked in self._asked:
-            await asked.aclose()
-
-    def _client(self, direct: type[Any], by_sentinels: type[Any], retry: Retry) -> redis.Redis:
-        pool = (
-            self._sentinel_pool(by_sentinels, self._sentinels, retry) if self._sentinels else self._pool(direct, retry)
+    It does not repeat a read whose connection was lost: the reader must hear of it, since it may have missed
+    something.
+    """
+    pool: Any = client.connection_pool
+    options = {**pool.connection_kwargs, "connection_class": pool.connection_class, "retry": _ONCE}
+    if isinstance(pool, sentinel.SentinelConnectionPool):
+        del options["connection_pool"]  # the old one, which puts itself there
+        return redis.Redis.from_pool(
+            sentinel.SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **options)
         )
-        client = redis.Redis.from_pool(pool)
-        self._made.append(client)
-        return client
+    return redis.Redis.from_pool(redis.ConnectionPool(**options))
 
-    def _pool(self, kind: type[Any], retry: Retry) -> Any:
-        try:
-            pool = kind.from_url(self._url, **_OPTIONS, retry=retry)
-        except ValueError as error:
-            raise SettingsError(f"is no Redis URL ({error}); use redis://host:port/db") from error
-        pool.connection_class = type("_Connection", (_LeavesReplicas, pool.connection_class), {})
-        return pool
 
-    def _sentinel_pool(self, kind: type[Any], named: Sentinels, retry: Retry) -> Any:
-        asked = sentinel.Sentinel(
-            named.addresses,
-            sentinel_kwargs={"socket_connect_timeout": _CONNECT, "socket_timeout": _CONNECT, "retry": _ONCE},
-        )  # type: ignore[no-untyped-call]
-        self._asked.append(asked)
-        place = {"db": named.database, "username": named.username, "password": named.password}
-        return kind(named.service, asked, **place, **_OPTIONS, retry=retry)
+def _pool(url: str) -> Any:
+    try:
+        pool = _Pool.from_url(url, **_OPTIONS, retry=_DROPPED)
+    except ValueError as error:
+        raise SettingsError(f"is no Redis URL ({error}); use redis://host:port/db") from error
+    pool.connection_class = type("_Connection", (_LeavesReplicas, pool.connection_class), {})
+    return pool
+
+
+def _sentinel_pool(named: Sentinels) -> Any:
+    asked = sentinel.Sentinel(
+        named.addresses,
+        sentinel_kwargs={"socket_connect_timeout": _CONNECT, "socket_timeout": _CONNECT, "retry": _ONCE},
+    )  # type: ignore[no-untyped-call]
+    place = {"db": named.database, "username": named.username, "password": named.password}
+    return _SentinelPool(named.service, asked, **place, **_OPTIONS, retry=_DROPPED)
 
 
 class _LeavesReplicas:
@@ -178,4 +163,10 @@ class _Pool(_Bounded, redis.ConnectionPool):
 
 
 class _SentinelPool(_Bounded, sentinel.SentinelConnectionPool):
-    """Connections to the master that Sentinels name."""
+    """Connections to the master that Sentinels name. Who closes all of them closes those to the Sentinels too."""
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        """All connections, or the idle ones."""
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            await self.sentinel_manager.aclose()

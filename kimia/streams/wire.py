@@ -12,7 +12,8 @@ from typing import Any, Self, TypeAlias
 import redis.asyncio as redis
 from redis.exceptions import NoScriptError, RedisError
 
-from kimia.streams.connections import Server, reached
+from kimia.streams import connections
+from kimia.streams.connections import reached
 from kimia.streams.keys import all_partitions
 
 Argument: TypeAlias = str | bytes | int | float
@@ -38,17 +39,18 @@ class WireOptions:
 class Wire:
     """The journal, the blobs, and the scripts. Answers are bytes."""
 
-    def __init__(self, journal: Server, blobs: Server | None, options: WireOptions) -> None:
-        self.journal = journal.client()
-        self.blobs = blobs.client() if blobs else self.journal
+    def __init__(self, journal: redis.Redis, blobs: redis.Redis, options: WireOptions) -> None:
+        self.journal = journal
+        self.blobs = blobs
         self.options = options
-        self._server = journal
-        self._servers = [server for server in (journal, blobs) if server]
+        self._blocking: list[redis.Redis] = []
 
     @classmethod
     async def connect(cls, journal_url: str, blob_url: str | None = None, options: WireOptions | None = None) -> Self:
         """Connect and load the scripts. Raises UnavailableError; SettingsError for a URL that is none."""
-        wire = cls(Server(journal_url), Server(blob_url) if blob_url else None, options or WireOptions())
+        journal = connections.connected(journal_url)
+        blobs = connections.connected(blob_url) if blob_url else journal
+        wire = cls(journal, blobs, options or WireOptions())
         try:
             await wire._greet()
         except BaseException:
@@ -63,7 +65,9 @@ class Wire:
 
     def blocking(self) -> redis.Redis:
         """A client of the journal for one blocked read at a time. Closed by `aclose`."""
-        return self._server.blocking()
+        client = connections.blocking(self.journal)
+        self._blocking.append(client)
+        return client
 
     async def call(self, script: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run kimia/streams/lua/<script>.lua in the journal. Raises UnavailableError."""
@@ -91,8 +95,9 @@ class Wire:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for server in self._servers:
-            await server.aclose()
+        clients = {id(client): client for client in (*self._blocking, self.journal, self.blobs)}
+        for client in clients.values():
+            await client.aclose()
 
     async def _pipelined(self, script: str, calls: Sequence[Call]) -> list[Any]:
         digest = script_text(script)[1]

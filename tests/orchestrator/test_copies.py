@@ -128,6 +128,6 @@ async def test_deleted_sessions_are_not_written_again(turns, world, monkeypatch)
 
 async def test_who_was_fenced_off_stays_so(turns, world):
     opened = await turns.open("s", CALLER)
-    await turns.reopen(opened.turn_id, ())
+    await turns.reopen(opened.turn_id, CALLER, ())
     with pytest.raises(StateError):
         await turns.append(opened, pieces(0))

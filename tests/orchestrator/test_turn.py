@@ -132,7 +132,7 @@ async def test_a_turn_is_settled_once(turns, world):
 async def test_a_turn_taken_over_is_written_by_one_only(turns, world):
     await turns.records.begin("s", CALLER)
     opened = await turns.open("s", CALLER)
-    again = await turns.reopen(opened.turn_id, ())
+    again = await turns.reopen(opened.turn_id, CALLER, ())
     _, chunks = separated(opened.turn_id, [speaks(1)])
     with pytest.raises(StateError):
         await turns.append(opened, chunks)

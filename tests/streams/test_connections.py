@@ -8,7 +8,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from kimia.errors import SettingsError, UnavailableError
 from kimia.streams import connections
-from kimia.streams.connections import Server, reached
+from kimia.streams.connections import blocking, connected, reached
 from kimia.streams.wire import Wire
 from tests.client.proxy import Proxy
 
@@ -17,13 +17,10 @@ pytestmark = pytest.mark.unit
 
 async def refused(store, *words):
     """What a server's answer becomes."""
-    server = Server(store.url)
-    try:
+    async with connected(store.url) as client:
         with pytest.raises(UnavailableError) as caught, reached("journal"):
-            await server.client().execute_command(*words)
+            await client.execute_command(*words)
         return caught.value
-    finally:
-        await server.aclose()
 
 
 async def test_every_refusal_of_a_server_says_what_to_do(stores):
@@ -60,8 +57,7 @@ def test_failures_of_the_connection_are_wrapped_and_mistakes_are_not():
 async def test_a_name_that_leads_to_another_server_is_followed_when_the_old_one_takes_no_writes(stores):
     old, new = stores.new().start(), stores.new().start()
     async with Proxy(old.address) as line:
-        server = Server(f"redis://{line.address}/0")
-        client = server.client()
+        client = connected(f"redis://{line.address}/0")
         await client.set("a", 1)
         line.target = new.address
         old.say("REPLICAOF", "127.0.0.1", new.port)
@@ -69,15 +65,15 @@ async def test_a_name_that_leads_to_another_server_is_followed_when_the_old_one_
             await client.set("a", 2)
         await client.set("a", 3)
         assert new.say("GET", "a") == "3"
-        await server.aclose()
+        await client.aclose()
 
 
 @pytest.mark.parametrize("kind", ["client", "blocking"])
 async def test_a_server_that_falls_silent_is_given_up(stores, monkeypatch, kind):
     monkeypatch.setitem(connections._OPTIONS, "socket_timeout", 0.2)
     store = stores.new().start()
-    server = Server(store.url)
-    client = getattr(server, kind)()
+    shared = connected(store.url)
+    client = blocking(shared) if kind == "blocking" else shared
     await client.ping()
     store.pause()
     async with asyncio.timeout(10):
@@ -85,7 +81,8 @@ async def test_a_server_that_falls_silent_is_given_up(stores, monkeypatch, kind)
             await client.xread({"nothing": "0"}, block=60_000)
     store.go_on()
     assert await client.ping()
-    await server.aclose()
+    for one in (client, shared):
+        await one.aclose()
 
 
 async def test_a_wrong_url_is_a_wrong_setting():
