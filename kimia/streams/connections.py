@@ -86,9 +86,8 @@ def blocking(client: redis.Redis) -> redis.Redis:
     options = {**pool.connection_kwargs, "connection_class": pool.connection_class, "retry": _ONCE}
     if isinstance(pool, sentinel.SentinelConnectionPool):
         del options["connection_pool"]  # the old one, which puts itself there
-        return redis.Redis.from_pool(
-            sentinel.SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **options)
-        )
+        kind: Any = sentinel.SentinelConnectionPool
+        return redis.Redis.from_pool(kind(pool.service_name, pool.sentinel_manager, **options))
     return redis.Redis.from_pool(redis.ConnectionPool(**options))
 
 
