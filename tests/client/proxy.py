@@ -12,6 +12,7 @@ class Proxy:
         self.target = target
         self.address = ""
         self.connections = 0
+        self.delay = 0.0  # seconds that everything is late, in either direction
         self._silent = 0  # so many of them, the first ones, are black holes
         self._lines: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -66,6 +67,8 @@ class Proxy:
     async def _pump(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
                 if number > self._silent:
                     writer.write(data)
                     await writer.drain()

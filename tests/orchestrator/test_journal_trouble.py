@@ -21,14 +21,22 @@ SECONDS = 60  # no test waits longer, however busy the machine
 
 
 @asynccontextmanager
-async def service(target):
-    """Workers and an orchestrator, which reach the journal by a line that can be moved to another server."""
-    async with Proxy(target) as line:
-        wire = await Wire.connect(f"redis://{line.address}/0", options=WireOptions(lease=0.5))
+async def served(url, **settings):
+    """Workers and an orchestrator."""
+    wire = await Wire.connect(url, options=WireOptions(lease=0.5))
+    try:
         async with World(wire) as world:
-            await world.begin(TALKING)
-            yield world, line
+            await world.begin(TALKING, **settings)
+            yield world
+    finally:
         await wire.aclose()
+
+
+@asynccontextmanager
+async def service(target, **settings):
+    """The same, on a line to the journal that can be moved to another server."""
+    async with Proxy(target) as line, served(f"redis://{line.address}/0", **settings) as world:
+        yield world, line
 
 
 def said(events):
@@ -154,3 +162,16 @@ async def test_what_was_deleted_stays_deleted(stores):
             return set(await world.keys("s")) & {"{0}:session:s", "{0}:gone:s"} == {"{0}:gone:s"}
 
         await world.until_async(gone)
+
+
+async def test_sentinels_promote_the_replica(stores):
+    master = stores.new().start()
+    replica = stores.replica(master)
+    sentinel = stores.new().watch(master, "calls")
+    await until(lambda: sentinel.say("SENTINEL", "REPLICAS", "calls"))
+    async with served(f"redis+sentinel://127.0.0.1:1,{sentinel.address}/calls/0") as world:
+        undisturbed = said(await world.generate(speaks(), options=SEEDED))
+        found = await callers(world, 1, 5, 12)
+        master.kill()
+        await agree(world, found, undisturbed)
+        assert replica.say("ROLE")[0] == "master"

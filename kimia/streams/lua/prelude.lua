@@ -122,7 +122,7 @@ end
 local function grouped(stream, ...)
   local answer = redis.pcall(...)
   if type(answer) ~= 'table' or not answer.err then return answer end
-  if not string.find(answer.err, 'NOGROUP', 1, true) then error(answer.err) end
+  if not string.find(answer.err, 'NOGROUP', 1, true) then error(answer) end
   redis.call('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
   return redis.call(...)
 end
