@@ -76,6 +76,8 @@ def _silences(axes: Axes, report: Mapping[str, Any]) -> None:
             at, seconds = np.array(points).T
             axes.plot(at, 1e3 * seconds, marker, color=colour, markersize=4, label=label)
             axes.set(yscale="log")
+    for number, (at, _) in enumerate(timeline["deaths"]):
+        axes.axvline(at, color="tab:purple", linewidth=0.7, label="" if number else "kills")
     if axes.lines:
         axes.legend(fontsize=7, loc="upper right")
     axes.set(xlabel="s", ylabel="ms", title="underruns and stalls over time", xlim=(0, report["seconds"]))

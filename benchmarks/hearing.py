@@ -59,6 +59,7 @@ def hear(
         "barge_in": _barge_in(turns),
         "callers": _callers(turns, by_kind["late"]),
         "timeline": {
+            "deaths": [[death.at - begun, death.name] for death in deaths],
             "voice_to_voice": [
                 [turn["spoken"] - begun, 1e3 * wait] for turn in turns if (wait := voice_to_voice(turn))
             ],

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import calls
 from benchmarks.calls_chart import draw
 from benchmarks.hearing import hear
+from benchmarks.kills import Death
 from benchmarks.service import Use
 from benchmarks.watching import MIB, Sample, Watch
 from tests.benchmarks.test_hearing import BROKEN, late, turn
@@ -20,7 +21,7 @@ def made(records, keys=True):
     setting = calls._setting(calls.parse(["soak", "--load", "2.0", "--capacity", "4"]))
     stalls = {"worst_ms": 3.0, **{f"over_{limit}_ms": 0 for limit in calls.LIMITS}}
     report = {"machine": {"cores": 2, "date": "2026-11-28"}, "setting": setting, "seconds": 120.0, "stalls": stalls}
-    report |= hear(records, [(101.0, 101.5)], 0.0)
+    report |= hear(records, [(101.0, 101.5)], 0.0, [Death(101.0, "llm")])
     report |= {"processes": watch.report(), "store": watch.data(), "memory": calls._memory(watch, 0.0)}
     turns = {"keys": 2, "for_ever": 1, "longest_ttl_seconds": 9, "examples": ["{0}:turn:s.1"]}
     return report | ({"keys": {"kinds": {"turn": turns}, "left": 2, "after_seconds": 1.0}} if keys else {})

@@ -63,6 +63,8 @@ def test_answers_under_way_are_told_apart_by_what_their_callers_had_in_hand(arri
 def test_an_underrun_belongs_to_the_last_death_before_it():
     answer = turn("s.1", [[101.0, 1.0], [104.0, 1.0], [108.0, 1.0]])
     deaths = [Death(101.5, "llm.1"), Death(105.5, "store")]
-    report = hear([answer], [], 0.0, deaths)["deaths"]["lead not built"]
+    heard = hear([answer], [], 100.0, deaths)
+    assert heard["timeline"]["deaths"] == [[1.5, "llm.1"], [5.5, "store"]]
+    report = heard["deaths"]["lead not built"]
     assert report["wait_ms"]["n"] == 2
     assert report["underrun_seconds"] == 2.0 + 3.0
