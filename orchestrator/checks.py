@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from kimia.errors import RequestError
 from kimia.model.philox import SEED_LIMIT
+from kimia.model.schedule import SCHEDULES
 from kimia.sound import bytes_per_sample, check_format
 from kimia.v1.audio_pb2 import ENCODING_FILE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import (
@@ -27,7 +28,6 @@ from kimia.v1.conversation_pb2 import (
 from kimia.v1.kimi_audio_pb2 import GenerateRequest
 from kimia.v1.turn_pb2 import Caller, JobClass
 
-PRESETS = ("low-latency", "upstream")  # names of kimia.model.presets, which needs torch
 DEFAULT_TENANT = "default"
 UNREASONABLE = 1e30  # numbers from here on count as infinite, as in kimia.model.sampler
 SMALLEST_PENALTY = 1e-6
@@ -79,8 +79,8 @@ def check_options(options: TurnOptions, field: str) -> None:
         raise RequestError("must be at least 1; leave it out for no limit", field=f"{field}.max_new_tokens")
     if options.seed >= SEED_LIMIT:
         raise RequestError(f"must be below 2**63, got {options.seed}", field=f"{field}.seed")
-    if options.preset and options.preset not in PRESETS:
-        raise RequestError(f"must be one of {', '.join(PRESETS)}, got {options.preset!r}", field=f"{field}.preset")
+    if options.preset and options.preset not in SCHEDULES:
+        raise RequestError(f"must be one of {', '.join(SCHEDULES)}, got {options.preset!r}", field=f"{field}.preset")
     if options.HasField("output_format"):
         check_format(options.output_format, f"{field}.output_format")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kimia.errors import KimiaError, NotFoundError, StateError
 from kimia.model.philox import SEED_LIMIT
+from kimia.model.schedule import DEFAULT
 from kimia.runtime.logs import get_logger
 from kimia.stage import LLM, TOKENIZER
 from kimia.streams import keys
@@ -27,7 +28,6 @@ from kimia.streams.wire import Wire
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, Message, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_INTERACTIVE, Caller, Chunk, InputAudio, JobClass, StageReport, Turn
-from orchestrator.checks import PRESETS
 from orchestrator.copies import APPENDED_AT_ONCE, Copies, TurnCopy
 from orchestrator.following import Following, Position
 from orchestrator.memory import (
@@ -73,7 +73,7 @@ def filled_options(options: TurnOptions) -> TurnOptions:
     filled = TurnOptions()
     filled.CopyFrom(options)
     filled.output_type = options.output_type or OUTPUT_TYPE_BOTH
-    filled.preset = options.preset or PRESETS[0]
+    filled.preset = options.preset or DEFAULT
     filled.output_format.CopyFrom(output_format(options.output_format))
     return filled
 

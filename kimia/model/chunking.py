@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from kimia.model.presets import Preset
+from kimia.model.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class ChunkPlanner:
     The cuts depend on the preset and the index of the code, never on when codes arrive or whether the end is known.
     """
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset = preset
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
         self._pending: list[int] = []
         self._pushes = 0
 
     def feed(self, code: int) -> Push | None:
         """Take the next code; the push that it completes, if any."""
         self._pending.append(code)
-        size = self.preset.push_size(self._pushes)
-        if len(self._pending) < size + self.preset.waits_for_next:
+        size = self.schedule.push_size(self._pushes)
+        if len(self._pending) < size + self.schedule.waits_for_next:
             return None
         tokens, self._pending = self._pending[:size], self._pending[size:]
         self._pushes += 1
@@ -43,9 +43,9 @@ class ChunkPlanner:
         return Push(tuple(tokens), final=True)
 
 
-def pushes(preset: Preset, codes: Iterable[int]) -> Iterator[Push]:
+def pushes(schedule: Schedule, codes: Iterable[int]) -> Iterator[Push]:
     """All pushes of a whole turn, the same as when its codes arrive one by one."""
-    planner = ChunkPlanner(preset)
+    planner = ChunkPlanner(schedule)
     for code in codes:
         push = planner.feed(code)
         if push is not None:

@@ -10,19 +10,17 @@ import math
 from dataclasses import dataclass
 
 from kimia.errors import ParameterError
+from kimia.model import schedule
 from kimia.model.bigvgan import MEL_FLOOR
 from kimia.model.crossfade import OverlapSeam, ReleaseSeam, Seam
 from kimia.model.flow import NEURAL_ODE_EULER, time_grid
+from kimia.model.schedule import Schedule, find_schedule
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One way of streaming. Raises ParameterError when a number lies outside its domain."""
+class Preset(Schedule):
+    """One way of streaming: the cuts, and how chunks are solved and joined. Raises ParameterError as Schedule does."""
 
-    name: str
-    commits: tuple[int, ...]  # tokens that each non-final push commits; the last size repeats
-    look_ahead: int  # tokens solved with a chunk but committed by the next
-    waits_for_next: bool  # a full push waits for one code more, which proves that it is not the last
     seam: Seam  # how chunks are joined
     prompt_padding: float  # log-mel value of prompt frames that the prompt's waveform does not cover
     max_positions: int | None  # forget when position + 2 x committed frames pass it; None: only when positions run out
@@ -31,36 +29,23 @@ class Preset:
     solver: str = NEURAL_ODE_EULER
 
     def __post_init__(self) -> None:
-        if not self.commits or min(self.commits) < 1:
-            raise ParameterError(f"preset {self.name}: every push must commit at least one token, got {self.commits}")
-        if self.look_ahead < 0 or self.kv_window < 1:
-            raise ParameterError(f"preset {self.name}: needs look_ahead >= 0 and kv_window >= 1")
+        super().__post_init__()
+        if self.kv_window < 1:
+            raise ParameterError(f"preset {self.name}: needs kv_window >= 1")
         time_grid(self.ode_points, self.solver)
 
-    def push_size(self, index: int) -> int:
-        """Tokens of the non-final push `index`: the first also brings the look-ahead of all later ones."""
-        committed = self.commits[min(index, len(self.commits) - 1)]
-        return committed + (self.look_ahead if index == 0 else 0)
 
-
-# Pushes of 30 tokens, as in the release, which learns of the end of the answer before it synthesises anything.
+# The release learns of the end of the answer before it synthesises anything.
 UPSTREAM = Preset(
-    name="upstream",
-    commits=(18, 30),
-    look_ahead=12,
-    waits_for_next=True,
+    **vars(schedule.UPSTREAM),
     seam=ReleaseSeam(),
     prompt_padding=0.0,  # far above the mean of a log-mel, but what the release does
     max_positions=4096,
 )
 
-# First audio after 10 codes; chunks grow to the 3 s that the network was trained on (chunk_params.max_chunk).
 # The first chunk is exactly what the seam wants to see again of it.
 LOW_LATENCY = Preset(
-    name="low-latency",
-    commits=(6, 12, 24, 37),
-    look_ahead=4,
-    waits_for_next=False,
+    **vars(schedule.LOW_LATENCY),
     seam=OverlapSeam(hold=8, context=16),
     prompt_padding=math.log(MEL_FLOOR),
     max_positions=None,
@@ -70,7 +55,5 @@ PRESETS = {preset.name: preset for preset in (UPSTREAM, LOW_LATENCY)}
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by its name. Raises ParameterError that lists the names."""
-    if name not in PRESETS:
-        raise ParameterError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    """A preset by its name; the default for an empty one. Raises ParameterError that lists the names."""
+    return PRESETS[find_schedule(name).name]

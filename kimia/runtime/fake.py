@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from kimia.errors import AudioError, ParameterError
+from kimia.model.chunking import ChunkPlanner
+from kimia.model.schedule import find_schedule
 from kimia.stage import CODE_SECONDS, DETOKENIZER, LLM, STAGES, TOKENIZER, Stage, StageKind
 from kimia.v1.audio_pb2 import ENCODING_ALAW, ENCODING_MULAW, ENCODING_PCM_F32LE, AudioFormat
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT
@@ -49,9 +51,6 @@ FEATURE_WIDTH = 2
 MEL_BYTES = 4 * 80 * 4  # of one semantic token: mel frames, bins, float32, as in the released checkpoint
 
 WORDS = ("yes ", "the ", "line ", "is ", "open ", "and ", "we ", "hear ", "你好", "all ", "of ", "it ")
-
-# Commits of each push and look-ahead, as `kimia.model.presets` has them (which needs torch).
-SCHEDULES = {"low-latency": ((6, 12, 24, 37), 4, False), "upstream": ((18, 30), 12, True)}
 
 
 @dataclass(frozen=True)
@@ -263,51 +262,45 @@ class FakeDetokenizer:
         self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
     ) -> AsyncIterator[Chunk]:
         """Speak each push as soon as its look-ahead is there; chunks given out already take no time."""
-        schedule = _Schedule(turn.options.preset)
+        codes = _Codes(turn.options.preset)
         index, seconds = 0, 0.0
         async for step in inbox:
-            for pcm in schedule.feed(step):
-                mel = b"" if schedule.ended else bytes(MEL_BYTES * (len(pcm) // (2 * CODE_SAMPLES)))
+            for pcm in codes.feed(step):
+                mel = b"" if codes.ended else bytes(MEL_BYTES * (len(pcm) // (2 * CODE_SAMPLES)))
                 speech = Speech(pcm=pcm, sample_rate=SAMPLE_RATE, mel=mel)
-                chunk = Chunk(index=index, speech=speech, final=schedule.ended)
+                chunk = Chunk(index=index, speech=speech, final=codes.ended)
                 if index >= len(published):
                     speech_seconds = len(pcm) / 2 / SAMPLE_RATE
                     seconds += await _spend(self.timing.realtime_factor * speech_seconds)
                     if chunk.final:
-                        chunk.report.CopyFrom(StageReport(compute_seconds=seconds, units=schedule.codes))
+                        chunk.report.CopyFrom(StageReport(compute_seconds=seconds, units=codes.given))
                     yield chunk
                 index += 1
 
 
-class _Schedule:
+class _Codes:
     """Codes in, the samples of what each push commits out. Raises ParameterError for an unknown preset."""
 
     def __init__(self, preset: str) -> None:
-        name = preset or "low-latency"
-        if name not in SCHEDULES:
-            raise ParameterError(f"preset must be one of {', '.join(SCHEDULES)}, got {name!r}")
-        self.commits, self.look_ahead, self.waits = SCHEDULES[name]
-        self.codes = 0
+        self.given = 0  # codes whose samples are out
         self.ended = False
-        self._held: list[int] = []
-        self._pushes = 0
+        self._schedule = find_schedule(preset)
+        self._planner = ChunkPlanner(self._schedule)
+        self._left: tuple[int, ...] = ()  # the look-ahead of the last push
 
     def feed(self, chunk: Chunk) -> Iterator[bytes]:
         """What this step brings out: at most one push, and with the final step the rest."""
-        if chunk.step.HasField("code"):
-            self._held.append(chunk.step.code)
-            commit = self.commits[min(self._pushes, len(self.commits) - 1)]
-            if len(self._held) == commit + self.look_ahead + self.waits:
-                self._pushes += 1
-                yield self._commit(commit)
+        if chunk.step.HasField("code") and (push := self._planner.feed(chunk.step.code)):
+            yield self._speak(push.tokens, self._schedule.look_ahead)
         if chunk.final:
             self.ended = True
-            yield self._commit(len(self._held))
+            yield self._speak(self._planner.finish().tokens, 0)
 
-    def _commit(self, count: int) -> bytes:
-        codes, self._held = self._held[:count], self._held[count:]
-        pcm = b"".join(write_pcm(self.codes + at, code) for at, code in enumerate(codes))
-        self.codes += count
+    def _speak(self, tokens: tuple[int, ...], look_ahead: int) -> bytes:
+        codes = self._left + tokens
+        kept = len(codes) - look_ahead
+        pcm = b"".join(write_pcm(self.given + at, code) for at, code in enumerate(codes[:kept]))
+        self.given, self._left = self.given + kept, codes[kept:]
         return pcm
 
 

@@ -17,7 +17,7 @@ from kimia.errors import AudioError, ConfigError, ParameterError
 from kimia.model import philox
 from kimia.model.bigvgan import mel_spectrogram
 from kimia.model.checkpoint import open_checkpoint
-from kimia.model.chunking import Push, pushes
+from kimia.model.chunking import ChunkPlanner, Push, pushes
 from kimia.model.crossfade import ReleaseSeam
 from kimia.model.detokenize import Detokenizer, Report, Synthesis
 from kimia.model.flow import commit, time_grid
@@ -594,3 +594,13 @@ def test_the_vocoder_is_float32_whatever_the_flow_model_is(tiny):
     detokenizer = Detokenizer.load(open_checkpoint(tiny), "cpu", torch.bfloat16)
     assert {p.dtype for p in detokenizer.dit.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in detokenizer.vocoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("preset", [QUICK, QUICK_UPSTREAM], ids=["low-latency", "upstream"])
+def test_speech_goes_as_far_as_the_schedule_says(small, preset):
+    synthesis, planner, samples = small.stream(preset, seed=1), ChunkPlanner(preset), 0
+    for count, code in enumerate(codes(160), 1):
+        push = planner.feed(code)
+        if push:
+            samples += len(synthesis.push(push.tokens, push.final))
+        assert samples == preset.spoken(count) * small.samples_per_token

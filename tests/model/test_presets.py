@@ -8,8 +8,11 @@ import pytest
 from kimia.errors import ParameterError
 from kimia.model.crossfade import OverlapSeam, ReleaseSeam
 from kimia.model.presets import LOW_LATENCY, PRESETS, UPSTREAM, find_preset
+from kimia.model.schedule import SCHEDULES
 
 pytestmark = pytest.mark.unit
+
+CUTS = ("name", "commits", "look_ahead", "waits_for_next", "held")
 
 
 def test_upstream_pushes_thirty_tokens_and_always_looks_ahead():
@@ -50,7 +53,14 @@ def test_impossible_presets_are_refused(change):
         replace(LOW_LATENCY, **change)
 
 
+def test_the_schedules_of_the_wire_and_of_the_model_are_the_same():
+    assert {name: [getattr(preset, field) for field in CUTS] for name, preset in PRESETS.items()} == {
+        name: [getattr(schedule, field) for field in CUTS] for name, schedule in SCHEDULES.items()
+    }
+
+
 def test_presets_are_found_by_name():
+    assert find_preset("") is LOW_LATENCY
     assert all(find_preset(name) is preset for name, preset in PRESETS.items())
-    with pytest.raises(ParameterError, match="upstream, low-latency"):
+    with pytest.raises(ParameterError, match="low-latency, upstream"):
         find_preset("fast")

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from kimia.errors import RequestError
-from kimia.model import presets, sampler
+from kimia.model import sampler
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, ENCODING_PCM_S16LE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import (
     OUTPUT_TYPE_TEXT,
@@ -166,7 +166,6 @@ def test_options_that_can_be_had():
 
 
 def test_numbers_agree_with_the_model():
-    assert set(checks.PRESETS) == set(presets.PRESETS)
     assert checks.SMALLEST_PENALTY == sampler.SMALLEST_PENALTY
     assert checks.UNREASONABLE == sampler.UNREASONABLE
 
