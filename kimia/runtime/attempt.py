@@ -13,9 +13,11 @@ from kimia.runtime.inputs import FeatureOutlet, follow, read_encoded, read_sound
 from kimia.runtime.local import close
 from kimia.runtime.logs import bound_turn, get_logger
 from kimia.runtime.mels import MelOutlet, with_mels
-from kimia.runtime.metrics import FIRST_CHUNK, REAL_TIME_FACTOR, STAGE_LATENCY
+from kimia.runtime.metrics import FIRST_CHUNK, REAL_TIME_FACTOR, REBUILD, STAGE_LATENCY
+from kimia.runtime.pacing import Gate, Pace, sound_seconds
 from kimia.runtime.publisher import Publisher
-from kimia.stage import CODE_SECONDS, DETOKENIZER, LLM, TOKENIZER, Stage
+from kimia.runtime.rows import Row
+from kimia.stage import DETOKENIZER, LLM, TOKENIZER, Stage
 from kimia.status import to_failure
 from kimia.streams import keys
 from kimia.streams.blobs import Blobs
@@ -23,8 +25,6 @@ from kimia.streams.inbox import Feed, Inbox
 from kimia.streams.jobs import Claim, Jobs, Outcome
 from kimia.streams.patience import CANCEL_AGAIN, Patience, end
 from kimia.v1.turn_pb2 import Chunk
-
-SAMPLE_BYTES = 2
 
 # How an attempt ends, besides the terminal states of a turn (done, cancelled, error).
 HANDED_OVER = "handed_over"  # given to another worker: this one stops
@@ -58,13 +58,18 @@ class Bench:
     patience: Patience
     partitions: int
     checkpoint: str  # names the weights that features were made with
+    lead: float  # seconds of speech that are kept ahead of what the caller has heard
 
 
 class Attempt:
-    """Runs the stage for one claim until the turn is done, somebody else ends it, or it is stopped."""
+    """Runs the stage for one claim until the turn is done, somebody else ends it, or it is stopped.
 
-    def __init__(self, bench: Bench, claim: Claim) -> None:
+    `row` is its own from the start, and parked while the stage is far enough; who began the attempt gives it back.
+    """
+
+    def __init__(self, bench: Bench, claim: Claim, row: Row) -> None:
         self.claim = claim
+        self.row = row
         self.outcome = ""  # "" while it runs
         self._bench = bench
         self._verdict = ""  # why it was stopped from outside
@@ -136,19 +141,37 @@ class Attempt:
             log.info("features gone")
             await self._bench.patience.reach(lambda: self._bench.jobs.rewind(self.claim))
             return REWOUND
-        return await self._publish_all(*given, published)
+        gate = self._gate(published)
+        listening = asyncio.create_task(_listen(feed, gate)) if gate.pace.paced else None
+        try:
+            return await self._publish_all(gate, *given, published)
+        finally:
+            if listening is not None:
+                listening.cancel()
 
-    async def _publish_all(self, inbox: AsyncIterator[Chunk], outlet: Outlet, published: Sequence[Chunk]) -> str:
+    def _gate(self, published: Sequence[Chunk]) -> Gate:
+        """What lets the stage go on: it is as far as what is published, and the caller as far as the claim says."""
+        claim = self.claim
+        gate = Gate(Pace(claim.turn, claim.kind, self._bench.lead), self.row, claim.kind.name)
+        for chunk in published:
+            gate.pace.made(chunk)
+        if claim.playback is not None:
+            gate.heard(claim.playback)
+        return gate
+
+    async def _publish_all(
+        self, gate: Gate, inbox: AsyncIterator[Chunk], outlet: Outlet, published: Sequence[Chunk]
+    ) -> str:
         chunks = self._bench.stage.run(self.claim.turn, inbox, await self._restored(published))
         made = list(published)  # kept until the turn ends: a journal that lost writes asks for them again
-        ready = _ahead(chunks)
+        ready = _ahead(chunks, gate)
         try:
             async for chunk in ready:
                 out = await outlet.take(chunk)
                 if out is None:
                     continue
                 made.append(self._signed(out))
-                self.outcome = self._verdict or await self._publish(made)
+                self.outcome = self._verdict or await self._publish(made, gate.seconds)
                 if self.outcome:
                     return self.outcome
         finally:
@@ -200,8 +223,11 @@ class Attempt:
             chunk.report.worker = self.claim.consumer
         return chunk
 
-    async def _publish(self, made: Sequence[Chunk]) -> str:
-        """Publish the last chunk made, and what the journal has lost before it. The outcome, if this ended the turn."""
+    async def _publish(self, made: Sequence[Chunk], parked: float = 0.0) -> str:
+        """Publish the last chunk made, and what the journal has lost before it. The outcome, if this ended the turn.
+
+        `parked` is for how many seconds the turn needed no row.
+        """
         at = len(made) - 1
         while at < len(made):
             answer = await self._bench.publisher.publish(self.claim, made[at])
@@ -209,31 +235,44 @@ class Attempt:
                 self._gone = self._gone or answer.outcome is Outcome.GONE
                 return "cancelled" if answer.outcome is Outcome.CANCELLED else LOST
             at = answer.next if answer.outcome is Outcome.GAP else at + 1
-        return self._measured(made)
+        return self._measured(made, parked)
 
-    def _measured(self, made: Sequence[Chunk]) -> str:
+    def _measured(self, made: Sequence[Chunk], parked: float) -> str:
         """Record how long it took; "done" after the final chunk."""
         stage, seconds = self.claim.kind.name, perf_counter() - self._started
         if len(made) == self.claim.next_index + 1:
-            FIRST_CHUNK.labels(stage).observe(seconds)
+            first = REBUILD if self.claim.next_index else FIRST_CHUNK
+            first.labels(stage).observe(seconds - parked)
         if not made[-1].final:
             return ""
         STAGE_LATENCY.labels(stage).observe(seconds)
-        sound = sum(_sound_seconds(chunk) for chunk in made[self.claim.next_index :])
+        sound = sum(sound_seconds(chunk) for chunk in made[self.claim.next_index :])
         if sound:
             REAL_TIME_FACTOR.labels(stage).observe(made[-1].report.compute_seconds / sound)
         return "done"
 
 
-async def _ahead(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    """The same chunks; the next one is being made while the last one is published."""
-    making = asyncio.ensure_future(anext(chunks, None))
+async def _ahead(chunks: AsyncIterator[Chunk], gate: Gate) -> AsyncIterator[Chunk]:
+    """The same chunks; the next one is being made while the last one is published, as soon as the gate lets it."""
+
+    async def made() -> Chunk | None:
+        await gate.passed()
+        return await anext(chunks, None)
+
+    making = asyncio.ensure_future(made())
     try:
         while (chunk := await making) is not None:
-            making = asyncio.ensure_future(anext(chunks, None))
+            gate.pace.made(chunk)
+            making = asyncio.ensure_future(made())
             yield chunk
     finally:
         await end([making])
+
+
+async def _listen(feed: Feed, gate: Gate) -> None:
+    """Tell the gate how far the caller has heard, whenever that is known anew."""
+    async for playback in feed.playback():
+        gate.heard(playback)
 
 
 class AsItIs:
@@ -245,10 +284,3 @@ class AsItIs:
 
     async def close(self, over: bool) -> None:
         """Nothing was put away."""
-
-
-def _sound_seconds(chunk: Chunk) -> float:
-    """Length of the sound that a chunk stands for."""
-    if chunk.HasField("speech"):
-        return len(chunk.speech.pcm) / SAMPLE_BYTES / max(chunk.speech.sample_rate, 1)
-    return CODE_SECONDS * (1 if chunk.HasField("step") else len(chunk.encoded.codes))

@@ -139,7 +139,7 @@ class Direct:
     @asynccontextmanager
     async def _admitted(self, turn: Turn) -> AsyncIterator[None]:
         """A row here and, with a ledger, a reservation. Raises CapacityError."""
-        if not self._rows.try_acquire():
+        if not self._rows.try_acquire(for_good=True):  # a call is never parked: it keeps its row
             REFUSED.labels(stage=self.kind.name).inc()
             raise CapacityError(
                 f"all {self._rows.count} rows of this {self.kind.name} are taken; try again, or ask another one",

@@ -32,6 +32,13 @@ TURNS = Counter(
 )
 ROWS = Gauge("kimia_rows", "Rows: turns that this process can compute at once", ["stage"])
 ROWS_USED = Gauge("kimia_rows_used", "Rows in use", ["stage"])
+PARKED = Gauge("kimia_rows_parked", "Turns whose row is given to others until their caller needs more", ["stage"])
+ROW_WAIT = Histogram(
+    "kimia_row_wait_seconds",
+    "Seconds that a parked turn waited for a row when it needed one again",
+    ["stage"],
+    buckets=FELT,
+)
 CLAIMS = Counter("kimia_claims", "Turns claimed from the job streams", ["stage"])
 TAKE_OVERS = Counter("kimia_take_overs", "Turns taken over from a worker that fell silent", ["stage"])
 QUEUE_WAIT = Histogram(
@@ -39,6 +46,12 @@ QUEUE_WAIT = Histogram(
 )
 FIRST_CHUNK = Histogram(
     "kimia_first_chunk_seconds", "Seconds from a turn's start in this stage to its first chunk", ["stage"], buckets=FELT
+)
+REBUILD = Histogram(
+    "kimia_rebuild_seconds",
+    "Seconds from the claim of a turn that had begun to its next chunk, parking left out",
+    ["stage"],
+    buckets=FELT,
 )
 STAGE_LATENCY = Histogram(
     "kimia_stage_seconds", "Seconds from a turn's start in this stage to its last chunk", ["stage"], buckets=LONG

@@ -33,7 +33,7 @@ from kimia.errors import KimiaError, UnavailableError
 from kimia.runtime import direct
 from kimia.runtime.health import Health
 from kimia.runtime.logs import configure, get_logger
-from kimia.runtime.metrics import ROWS, ROWS_USED, MetricsServer, start_metrics
+from kimia.runtime.metrics import PARKED, ROWS, ROWS_USED, MetricsServer, start_metrics
 from kimia.runtime.rows import Rows
 from kimia.runtime.server import bind, build_server, offer_reflection
 from kimia.runtime.settings import Settings, read_settings
@@ -239,6 +239,7 @@ class StageService:
         self._drained = asyncio.Event()
         ROWS.labels(stage=kind.name).set(self._rows.count)
         ROWS_USED.labels(stage=kind.name).set_function(lambda: self._rows.used)
+        PARKED.labels(stage=kind.name).set_function(lambda: self._rows.parked)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """The stage's own service."""

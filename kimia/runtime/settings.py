@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     blob_ttl_seconds: float = Field(900.0, gt=0, description="Life of a blob after its last use")
     max_deliveries: int = Field(3, ge=1, description="Attempts at a turn without progress before it is given up")
 
+    lead_seconds: float = Field(
+        4.0,
+        gt=0,
+        description="Speech that is kept ahead of what the caller has heard; beyond it a turn's row is parked",
+    )
+
     # ---- the model ----
     model: str = Field("moonshotai/Kimi-Audio-7B-Instruct", description="Model folder or hub id")
     vq_tokenizer: str = Field("", description="Folder or hub id of the VQ tokenizer. Empty: where the model's lies")
@@ -135,6 +141,7 @@ class Settings(BaseSettings):
             blob_ttl=self.blob_ttl_seconds,
             lease=self.lease_seconds,
             max_deliveries=self.max_deliveries,
+            lead=self.lead_seconds,
         )
 
 

@@ -20,7 +20,7 @@ from kimia.runtime.attempt import HANDED_OVER, LOST, Attempt, Bench
 from kimia.runtime.logs import get_logger
 from kimia.runtime.metrics import CLAIMS, JOBS_WAITING, QUEUE_WAIT, TAKE_OVERS, TURNS
 from kimia.runtime.publisher import Publisher
-from kimia.runtime.rows import Rows
+from kimia.runtime.rows import Row, Rows
 from kimia.stage import Stage
 from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Inbox
@@ -59,6 +59,7 @@ class Worker:
             patience=self._patience,
             partitions=wire.options.partitions,
             checkpoint=checkpoint,
+            lead=wire.options.lead,
         )
         self._attempts: set[Attempt] = set()
         self._fronts: list[asyncio.Task[None]] = []  # what stops first when the worker leaves
@@ -122,10 +123,10 @@ class Worker:
             if claim.queued_seconds:
                 QUEUE_WAIT.labels(self.kind.name).observe(claim.queued_seconds)
             if self._rows.try_acquire():
-                attempt = Attempt(self._bench, claim)
+                attempt = Attempt(self._bench, claim, Row(self._rows))
                 self._attempts.add(attempt)
                 attempt.task.add_done_callback(partial(self._end, attempt))
-            else:  # a direct call was faster: hand it back
+            else:  # a direct call was faster, or a parked turn: hand it back
                 task = asyncio.create_task(self._give_back(claim))
                 self._returns.add(task)
                 task.add_done_callback(self._returns.discard)
@@ -135,7 +136,7 @@ class Worker:
 
     def _end(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
         """Free the row, also when the task was cancelled before it began."""
-        self._rows.release()
+        attempt.row.leave()
         self._attempts.discard(attempt)
         if attempt.outcome in COUNTED:
             TURNS.labels(self.kind.name, attempt.outcome).inc()

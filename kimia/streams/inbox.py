@@ -19,7 +19,7 @@ from kimia.errors import NotFoundError, UnavailableError
 from kimia.stage import Log
 from kimia.streams import keys
 from kimia.streams.connections import reached
-from kimia.streams.journal import Head, Journal, deadline_us, history_of, parse_head
+from kimia.streams.journal import Head, Journal, Playback, deadline_us, history_of, parse_head
 from kimia.streams.patience import LONGEST_PAUSE, Patience, end, pause_after
 from kimia.streams.together import Together
 from kimia.streams.wire import Wire
@@ -98,6 +98,10 @@ class Inbox:
         if not fields:
             raise NotFoundError(f"no turn {turn_id}: it has expired or was deleted; open a new one", field="turn_id")
         return parse_head(fields)
+
+    async def playback(self, turn_id: str) -> Playback | None:
+        """How far a running turn was heard, as soon as the journal can be reached; None while nobody has said."""
+        return await self.patience.reach(lambda: self.journal.playback(turn_id))
 
     async def _look_up(self, requests: Sequence[Request]) -> Sequence[Any]:
         return await self.patience.reach(lambda: self._look_up_once(requests))
@@ -211,6 +215,20 @@ class Feed:
             await self._inbox.patience.reach(lambda: self._inbox.journal.drop_late(self.turn_id))
             head = await self._inbox.head(self.turn_id)
         return head
+
+    async def playback(self) -> AsyncIterator[Playback]:
+        """How far the caller has heard the turn: what is known now, and again whenever that may have changed."""
+        bell = _Bell("playback")
+        self._waiting.add(bell)
+        try:
+            while True:
+                bell.answer()
+                found = await self._inbox.playback(self.turn_id)
+                if found is not None:
+                    yield found
+                await bell.wait(self._inbox.look)
+        finally:
+            self._waiting.discard(bell)
 
     async def ended(self) -> Head:
         """Wait for a terminal state. Raises as `chunks` does."""

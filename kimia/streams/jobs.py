@@ -10,7 +10,15 @@ from typing import Any
 from kimia.stage import LLM, TOKENIZER, StageKind
 from kimia.streams import keys
 from kimia.streams.connections import reached
-from kimia.streams.journal import job_class, milliseconds, next_stage, too_late, turn_keys
+from kimia.streams.journal import (
+    Playback,
+    job_class,
+    milliseconds,
+    next_stage,
+    parse_playback,
+    too_late,
+    turn_keys,
+)
 from kimia.streams.wire import Argument, Call, Wire
 from kimia.v1.turn_pb2 import Chunk, Failure, Turn
 
@@ -57,6 +65,7 @@ class Claim:
     next_index: int  # chunks of the log that are published already
     rewound: bool  # features were lost: the tokenizer encodes every clip again, the llm reads them from the log
     queued_seconds: float  # from the queue to the first claim; 0 for later ones
+    playback: Playback | None = None  # how far the caller has heard it
 
 
 class Jobs:
@@ -151,7 +160,7 @@ class Jobs:
         return names, [*identity, self._lease, most, self._gave_up(), too_late(self._kind)]
 
     def _claim(self, answer: Sequence[Any]) -> Claim:
-        _, token, spec, attempt, next_index, rewound, waited, stream, entry = answer
+        _, token, spec, attempt, next_index, rewound, waited, stream, entry, *playback = answer
         return Claim(
             turn=Turn.FromString(spec),
             kind=self._kind,
@@ -163,6 +172,7 @@ class Jobs:
             next_index=next_index,
             rewound=bool(rewound),
             queued_seconds=waited / 1e6,
+            playback=parse_playback(playback),
         )
 
     # ---- holding ----

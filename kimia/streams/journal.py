@@ -19,6 +19,7 @@ from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Chunk, Failure, Turn
 
 _DEADLINE_EXCEEDED = 4  # google.rpc.Code
+_LONGEST_MS = 86_400_000  # beyond any turn, and exact in Lua
 
 State: TypeAlias = Literal["open", "running", "done", "cancelled", "error"]
 
@@ -63,6 +64,14 @@ class Head:
     def over(self) -> bool:
         """Nothing will be written any more."""
         return self.state not in ("open", "running")
+
+
+@dataclass(frozen=True)
+class Playback:
+    """How far a caller had heard a turn, and how long ago that was. Both in seconds."""
+
+    heard: float
+    age: float
 
 
 class Journal:
@@ -161,7 +170,7 @@ class Journal:
     async def head(self, turn_id: str) -> Head:
         """What is known of a turn. Raises NotFoundError."""
         with reached("journal"):
-            fields = await self._wire.journal.hgetall(keys.head(self._partition(turn_id), turn_id))
+            fields = await self._wire.journal.hgetall(self._head(turn_id))
         if not fields:
             raise _no_turn(turn_id)
         return parse_head(cast(Mapping[bytes, bytes], fields))
@@ -178,6 +187,15 @@ class Journal:
         """End a turn whose deadline has passed before a stage of it has begun. True if this call ended it."""
         args = [word for kind in STAGES.values() for word in (kind.name, kind.writes, too_late(kind))]
         return bool(await self._wire.call("drop", turn_keys(self._partition(turn_id), turn_id), [turn_id, *args]))
+
+    async def note_playback(self, turn_id: str, playback: Playback) -> None:
+        """Say how far the caller has heard a turn, which paces its workers. Without effect unless the turn runs."""
+        heard, age = (min(round(seconds * 1000), _LONGEST_MS) for seconds in (playback.heard, playback.age))
+        await self._wire.call("playback", [self._head(turn_id)], [turn_id, heard, age])
+
+    async def playback(self, turn_id: str) -> Playback | None:
+        """How far the caller of a running turn has heard it; None while nobody has said."""
+        return parse_playback(await self._wire.call("playback", [self._head(turn_id)], [turn_id]))
 
     async def _finish(self, turn_id: str, state: State, failure: bytes) -> bool:
         names = turn_keys(self._partition(turn_id), turn_id)
@@ -232,6 +250,9 @@ class Journal:
         if blobs:
             with reached("blob store"):
                 await self._wire.blobs.unlink(*blobs)
+
+    def _head(self, turn_id: str) -> str:
+        return keys.head(self._partition(turn_id), turn_id)
 
     def _partition(self, turn_id: str) -> str:
         return keys.partition_of(keys.session_of(turn_id), self._wire.options.partitions)
@@ -325,6 +346,11 @@ def parse_head(fields: Mapping[bytes, bytes]) -> Head:
         reader=word("reader"),
         reader_token=number("reader_token"),
     )
+
+
+def parse_playback(answer: Sequence[int]) -> Playback | None:
+    """A position as scripts give it. One that lies in the future, after a clock has jumped, is of now."""
+    return Playback(answer[0] / 1000, max(answer[1], 0) / 1000) if answer else None
 
 
 def _clips(record: SessionRecord) -> list[Any]:

@@ -7,6 +7,7 @@ import pytest
 from kimia.errors import UnavailableError
 from kimia.runtime.attempt import HANDED_OVER, LOST, RETRIED, Attempt, Bench
 from kimia.runtime.fake import FakeLanguageModel, FakeTiming
+from kimia.runtime.rows import Row, Rows
 from kimia.stage import LLM
 from kimia.streams.jobs import Claim, Outcome, Published
 from kimia.streams.patience import Patience
@@ -61,11 +62,17 @@ class Journal:
         self.said.append(failure.reason)
 
 
+def new_row():
+    rows = Rows(1)
+    assert rows.try_acquire()
+    return Row(rows)
+
+
 def attempt_of(journal, stage=None, next_index=0):
     stage = stage or FakeLanguageModel(FakeTiming(steps=12))
-    bench = Bench(stage, journal, journal, None, journal, Patience(), 1, "weights")
+    bench = Bench(stage, journal, journal, None, journal, Patience(), 1, "weights", lead=4.0)
     claim = Claim(TURN, LLM, "me", 1, "jobs", "1-0", 1, next_index, False, 0.0)
-    return Attempt(bench, claim)
+    return Attempt(bench, claim, new_row())
 
 
 async def outcome(attempt):

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kimia.runtime.rows import Rows
+from kimia.runtime.rows import Row, Rows
 
 pytestmark = pytest.mark.unit
 
@@ -80,3 +80,78 @@ def test_wrong_counts_are_refused():
         Rows(0)
     with pytest.raises(RuntimeError, match="more rows were given back"):
         Rows(1).release()
+
+
+# ---- parking ----------------------------------------------------------------------------------------------------
+
+
+async def until_it_waits(task):
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not task.done()
+
+
+async def test_a_parked_turn_comes_before_those_that_had_no_row_yet():
+    rows = Rows(1)
+    await rows.acquire()
+    row = Row(rows)
+    row.park()
+    assert (rows.used, rows.parked, rows.free) == (0, 1, 1)
+    await rows.acquire()  # the row is another's now
+    new = asyncio.create_task(rows.acquire())
+    await until_it_waits(new)
+    back = asyncio.create_task(row.unpark())
+    await until_it_waits(back)
+    assert rows.wanted
+    rows.release()
+    await back
+    assert not new.done()
+    assert (rows.used, rows.parked, rows.wanted) == (1, 0, False)
+    row.leave()
+    row.leave()
+    await new
+    assert (rows.used, rows.parked) == (1, 0)
+
+
+async def test_a_process_holds_no_more_than_two_turns_for_each_row():
+    rows, held = Rows(2), []
+    for _ in range(4):
+        assert rows.try_acquire()
+        held.append(Row(rows))
+        held[-1].park()
+    assert (rows.free, rows.try_acquire()) == (0, False)
+    new = asyncio.create_task(rows.acquire())
+    await until_it_waits(new)
+    held.pop().leave()
+    await new
+    assert (rows.used, rows.parked, rows.free) == (1, 3, 0)
+
+
+async def test_a_row_that_is_kept_to_the_end_is_not_one_that_a_parked_turn_left():
+    rows = Rows(2)
+    assert rows.try_acquire()
+    row = Row(rows)
+    row.park()
+    assert rows.try_acquire(for_good=True)
+    assert not rows.try_acquire(for_good=True)
+    assert rows.try_acquire()
+
+
+@pytest.mark.parametrize("handed", [False, True], ids=["while it waits", "when it has got the row"])
+async def test_a_turn_that_is_stopped_while_it_asks_again_leaves_nothing(handed):
+    rows = Rows(1)
+    await rows.acquire()
+    row = Row(rows)
+    row.park()
+    await rows.acquire()
+    back = asyncio.create_task(row.unpark())
+    await until_it_waits(back)
+    if handed:
+        rows.release()
+    back.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await back
+    row.leave()
+    if not handed:
+        rows.release()
+    assert (rows.used, rows.parked, rows.wanted) == (0, 0, False)

@@ -1,14 +1,20 @@
 """Workers on a real journal: nothing is lost, repeated or left hanging, whatever happens to a worker."""
 
 import asyncio
+import time
+from itertools import pairwise
 
 import pytest
+from prometheus_client import REGISTRY
 
 from kimia.errors import AudioError, UnavailableError
+from kimia.model.schedule import LOW_LATENCY
 from kimia.runtime.attempt import Attempt
-from kimia.runtime.fake import FakeDetokenizer, FakeLanguageModel, FakeTiming, FakeTokenizer
-from kimia.stage import LLM
+from kimia.runtime.fake import DELAY, FakeDetokenizer, FakeLanguageModel, FakeTiming, FakeTokenizer, build
+from kimia.runtime.pacing import sound_seconds
+from kimia.stage import CODE_SECONDS, LLM
 from kimia.streams import keys
+from kimia.streams.journal import Playback
 from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.conversation_pb2 import Message, Spoken
@@ -304,6 +310,163 @@ async def test_an_idle_worker_leaves_at_once_and_without_a_trace(house, wire):
     assert asyncio.all_tasks() < before
     for stream in keys.CLASSES:
         assert await wire.journal.xinfo_consumers(keys.jobs("{0}", "llm", stream), keys.GROUP) == []
+
+
+# ---- lead -------------------------------------------------------------------------------------------------------
+
+LONG = FakeTiming(steps=200)
+SPEECH = (200 - DELAY - 1) * CODE_SECONDS  # seconds
+LEAD = 4.0
+
+
+class Player:
+    """A caller that says how far it has heard, and what its turn may have given out by then."""
+
+    def __init__(self, house, turn):
+        self.house = house
+        self.turn = turn
+        self.start = 0.0
+
+    async def heard(self, seconds):
+        self.start = time.monotonic() - seconds
+        await self.house.journal.note_playback(self.turn.id, Playback(seconds, 0.0))
+
+    async def check(self):
+        """No log is further ahead than the rule allows. Raises AssertionError. Answers how far both are."""
+        head = await self.house.journal.head(self.turn.id)
+        tokens = await self.house.journal.read(self.turn.id, "tokens")
+        audio = await self.house.journal.read(self.turn.id, "audio")
+        reach = time.monotonic() - self.start + LEAD
+        most = next(codes for codes in range(1000) if LOW_LATENCY.spoken(codes) * CODE_SECONDS >= reach)
+        assert sum(chunk.step.HasField("code") for chunk in tokens) <= most
+        assert sum(map(sound_seconds, audio[:-1])) < reach
+        return head, len(tokens), len(audio)
+
+    async def parked(self, *workers):
+        """Until the turn is parked everywhere, and does not go on."""
+        await eventually(lambda: all(worker._rows.parked for worker in workers))
+        return await self.check()
+
+
+async def played(house):
+    """A turn of which the caller says from the start that it has heard nothing yet."""
+    turn = new_turn(heard(0))
+    await house.ask(turn, input_log((0, sound(20))))
+    player = Player(house, turn)
+    await player.heard(0.0)
+    return player
+
+
+async def same(house, turn, timing=LONG):
+    """The logs of a turn are those of one that nobody paced."""
+    assert (await house.ended(turn.id)).state == "done"
+    assert await house.logs(turn.id) == await computed(turn, input_log((0, sound(20))), timing)
+
+
+async def test_a_slow_player_holds_the_stages_back_and_gets_the_same_answer(house):
+    workers = house.start_fakes(LONG)
+    player = await played(house)
+    ahead = [(await player.parked(workers["llm"], workers["detokenizer"]))[1:]]
+    for seconds in (2.0, 5.0):
+        await player.heard(seconds)
+        await house.until(player.turn.id, "audio", ahead[-1][1] + 1)
+        ahead.append((await player.parked(workers["llm"], workers["detokenizer"]))[1:])
+    assert all(before < after for before, after in pairwise(ahead))
+    await player.heard(SPEECH)
+    await same(house, player.turn)
+    await eventually(lambda: not any(worker._rows.used or worker._rows.parked for worker in workers.values()))
+
+
+async def test_two_turns_share_one_row(house):
+    workers = house.start_fakes(LONG, rows=1)
+    players = [await played(house) for _ in range(2)]
+    await eventually(lambda: all(workers[name]._rows.parked == 2 for name in ("llm", "detokenizer")))
+    for player in players:
+        await player.check()
+        await player.heard(SPEECH)
+    for player in players:
+        await same(house, player.turn)
+
+
+async def test_a_turn_that_nobody_reports_on_gives_its_row_to_one_that_runs_out(house):
+    """With one row: the listener is served though a turn that goes into a file has begun meanwhile."""
+    endless = FakeTiming(steps=20_000)
+    llm = house.start(FakeLanguageModel(endless), rows=1)
+    house.start(FakeTokenizer(LONG))
+    house.start(FakeDetokenizer(LONG))
+    player = await played(house)
+    await player.parked(llm)
+    silent = new_turn()
+    await house.ask(silent)
+    await house.until(silent.id, "tokens", 100)
+    before = (await player.check())[1]
+    await player.heard(6.0)
+    await house.until(player.turn.id, "tokens", before + 1)
+    await player.parked(llm)
+    so_far = len(await house.journal.read(silent.id, "tokens"))
+    await house.until(silent.id, "tokens", so_far + 1)
+
+
+async def test_a_client_that_vanished_gets_its_answer_computed_all_the_same(valkey_url):
+    brief = FakeTiming(steps=40)
+    wire = await Wire.connect(valkey_url, options=WireOptions(lead=1.5))
+    async with House(wire) as house:
+        house.start_fakes(brief)
+        player = await played(house)
+        await same(house, player.turn, brief)
+    await wire.aclose()
+
+
+@pytest.mark.parametrize("how", ["dies", "leaves"])
+@pytest.mark.parametrize("name", ["llm", "detokenizer"])
+async def test_a_parked_turn_changes_hands_and_is_paced_there_too(house, name, how):
+    workers = house.start_fakes(LONG)
+    player = await played(house)
+    await player.parked(workers["llm"], workers["detokenizer"])
+    await (house.kill(workers[name]) if how == "dies" else house.leave(workers[name], 0))
+    new = house.start(build(name, LONG))
+    head, tokens, _ = await player.parked(new)
+    assert head.stages[name].take_overs == 1
+    assert tokens < 200
+    await player.heard(SPEECH)
+    await same(house, player.turn)
+
+
+async def test_a_parked_turn_is_held_for_longer_than_a_lease(house):
+    workers = house.start_fakes(LONG)
+    player = await played(house)
+    await player.parked(workers["llm"])
+    for name in ("llm", "detokenizer"):
+        house.start(build(name, LONG))
+    await asyncio.sleep(2 * LEASE)
+    head, *_ = await player.check()
+    assert [head.stages[name].take_overs for name in ("llm", "detokenizer")] == [0, 0]
+
+
+async def test_a_cancel_ends_a_parked_turn_at_once(house):
+    workers = house.start_fakes(LONG)
+    player = await played(house)
+    await player.parked(workers["llm"], workers["detokenizer"])
+    await house.journal.cancel(player.turn.id)
+    await eventually(lambda: not any(worker._rows.used or worker._rows.parked for worker in workers.values()))
+    assert (await house.journal.head(player.turn.id)).state == "cancelled"
+
+
+async def test_what_comes_back_after_a_take_over_is_measured(house):
+    def measured():
+        return [REGISTRY.get_sample_value(f"kimia_{name}_seconds_count", {"stage": "llm"}) or 0 for name in counted]
+
+    counted = ("first_chunk", "rebuild")
+    before = measured()
+    slow = FakeLanguageModel(FakeTiming(steps=60, step_seconds=0.02))
+    leaving, turn = house.start(slow), new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 5)
+    assert [after - was for after, was in zip(measured(), before, strict=True)] == [1, 0]
+    await house.leave(leaving, 0)
+    house.start(FakeLanguageModel(QUICK))
+    await house.ended(turn.id)
+    assert [after - was for after, was in zip(measured(), before, strict=True)] == [1, 1]
 
 
 # ---- cancelling -------------------------------------------------------------------------------------------------

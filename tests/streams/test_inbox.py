@@ -10,7 +10,7 @@ from kimia.stage import LLM
 from kimia.streams import keys
 from kimia.streams.inbox import Inbox
 from kimia.streams.jobs import Jobs
-from kimia.streams.journal import Journal
+from kimia.streams.journal import Journal, Playback
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.turn_pb2 import Chunk, Failure, Step, Turn
 
@@ -191,6 +191,18 @@ async def lose_pointers(wire, *names):
     for partition in wire.partitions:
         for name in names:
             await wire.journal.delete(keys.inbox(partition, name))
+
+
+async def test_a_position_wakes_the_worker_that_holds_the_turn(wire, writer):
+    turn = await writer.begin()
+    async with Inbox(wire, "worker", look=NEVER) as inbox:
+        with inbox.feed(turn) as feed:
+            positions = feed.playback()
+            for said in (1.0, 2.0, 3.5):
+                await writer.journal.note_playback(turn, Playback(said, 0.0))
+                async with asyncio.timeout(5):
+                    while (await anext(positions)).heard != said:  # one may be told twice
+                        pass
 
 
 async def test_a_lost_pointer_costs_a_delay_only(wire, writer):

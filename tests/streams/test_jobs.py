@@ -9,6 +9,7 @@ import pytest
 
 from kimia.streams import keys
 from kimia.streams.jobs import Outcome, Published
+from kimia.streams.journal import Playback
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Failure
 from tests.streams.turns import DETOKENIZER, LLM, SPEECH, TOKENIZER, World, encoded, new_turn, sound, speech, step
@@ -294,6 +295,15 @@ async def test_recovery_takes_no_more_than_wanted(world):
         await world.submitted(new_turn(f"s{number}"))
     await world.silence(*await dead.sweep(5))
     assert [len(await other.recover(2)) for _ in range(4)] == [2, 2, 1, 0]
+
+
+async def test_a_claim_says_how_far_the_caller_has_heard(world):
+    jobs, other = await world.worker(), await world.worker(name="w2")
+    claim = await world.claimed(jobs)
+    assert claim.playback is None
+    await world.journal.note_playback(claim.turn.id, Playback(2.5, 30.0))
+    found = (await world.taken_over(claim, other)).playback
+    assert (found.heard, round(found.age, -1)) == (2.5, 30.0)
 
 
 # ---- poison -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from kimia.errors import NotFoundError, RequestError, StateError, TurnCancelledError
 from kimia.streams import keys
 from kimia.streams.jobs import Outcome
-from kimia.streams.journal import Journal, next_stage, session_keys, turn_keys
+from kimia.streams.journal import Journal, Playback, next_stage, session_keys, turn_keys
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.conversation_pb2 import Message
 from kimia.v1.session_pb2 import SessionRecord
@@ -490,3 +490,61 @@ async def test_sessions_spread_over_partitions(valkey_url):
     assert await worker.depth() == (0, 0)
     assert not [name for name in await world.names() if ":turn:" in name]
     await world.wire.aclose()
+
+
+# ---- playback -----------------------------------------------------------------------------------------------------
+
+
+async def heard(world, turn):
+    """(seconds heard, seconds since then, rounded to what a test takes at most)."""
+    found = await world.journal.playback(turn.id)
+    return found and (found.heard, round(found.age, -1))
+
+
+async def test_the_furthest_position_counts_whoever_says_it(world):
+    turn = await world.submitted()
+    assert await heard(world, turn) is None
+    for said, known in (((1.5, 0.0), (1.5, 0)), ((2.25, 40.0), (2.25, 40)), ((2.0, 0.0), (2.25, 40))):
+        await world.journal.note_playback(turn.id, Playback(*said))
+        assert await heard(world, turn) == known
+
+
+async def test_of_a_player_that_stands_still_the_latest_word_counts(world):
+    turn = await world.submitted()
+    for age, known in ((60.0, 60), (30.0, 30), (90.0, 30)):
+        await world.journal.note_playback(turn.id, Playback(3.0, age))
+        assert await heard(world, turn) == (3.0, known)
+
+
+async def test_a_position_is_pointed_to_the_workers_that_pace_themselves_by_it(world):
+    jobs, claims = await world.speaking()
+    turn = claims["llm"].turn
+    before = {name: len(await world.pointers(f"{name}-1")) for name in jobs}
+    for said in (1.0, 1.0, 0.5):
+        await world.journal.note_playback(turn.id, Playback(said, 10.0))
+    new = {name: (await world.pointers(f"{name}-1"))[count:] for name, count in before.items()}
+    told = new["llm"]
+    assert {log for _, log, _ in told} == {"playback"}
+    assert new == {"tokenizer": [], "llm": told, "detokenizer": told}
+
+
+async def test_only_a_turn_that_runs_has_a_position(world):
+    turn = new_turn()
+    await world.journal.note_playback(turn.id, Playback(1.0, 0.0))
+    assert await world.names() == set()
+    opened = await world.journal.open_turn(turn, "o1")
+    await world.journal.note_playback(turn.id, Playback(1.0, 0.0))
+    await world.journal.submit(turn, opened.token)
+    assert await heard(world, turn) is None
+    await world.journal.note_playback(turn.id, Playback(1.0, 0.0))
+    await world.journal.cancel(turn.id)
+    before = await world.redis.hgetall(keys.head("{0}", turn.id))
+    await world.journal.note_playback(turn.id, Playback(2.0, 0.0))
+    assert await heard(world, turn) is None
+    assert await world.redis.hgetall(keys.head("{0}", turn.id)) == before
+
+
+async def test_positions_beyond_reason_are_kept_exact(world):
+    turn = await world.submitted()
+    await world.journal.note_playback(turn.id, Playback(2.0**64, 0.0))
+    assert await heard(world, turn) == (86400.0, 0)

@@ -2,7 +2,7 @@
 -- KEYS   1-6 the turn's; 7 job stream that delivered it; 8 counter of tokens; 9 dead letters
 -- ARGV   turn id, consumer, entry, stage, log it writes, lease (ms), claims allowed without a new chunk,
 --        failure for giving up, failure for a deadline
--- answer {claimed, token, spec, tries, next index, rewound, us waited, job stream, entry}
+-- answer {claimed, token, spec, tries, next index, rewound, us waited, job stream, entry[, ms heard, ms since then]}
 --        | {lost} (delivered to another since) | {over} (dropped) | {stale} (dropped: replaced or done)
 --        | {held} (another claim lives: the job was handed to its owner)
 local turn, consumer, entry, stage, log, lease, most, gave_up, too_late = unpack(ARGV)
@@ -13,7 +13,7 @@ if not mine or mine[2] ~= consumer then return {'lost'} end
 
 local s = function(name) return stage .. ':' .. name end
 local h = fields(head, 'state', 'turn', s'consumer', s'lease', s'done', s'stream', s'entry', s'queued', s'claimed',
-  log .. ':next', 'deadline', 'rewound', 'ttl')
+  log .. ':next', 'deadline', 'rewound', 'ttl', 'heard', 'heard_at')
 local owner, ends, ttl = h[3], tonumber(h[4] or 0), h[13]
 local next, deadline = tonumber(h[10] or 0), tonumber(h[11] or 0)
 local now = clock()
@@ -65,4 +65,8 @@ else
   redis.call('HINCRBY', head, s'take_overs', 1)
 end
 renew_turn(ttl)
-return {'claimed', token, h[2], tries, next, h[12] and 1 or 0, waited, stream, entry}
+local answer = {'claimed', token, h[2], tries, next, h[12] and 1 or 0, waited, stream, entry}
+if h[14] then
+  answer[10], answer[11] = tonumber(h[14]), math.floor((now - h[15]) / 1000)
+end
+return answer
