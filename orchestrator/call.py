@@ -30,6 +30,7 @@ from orchestrator.following import Following, Position
 from orchestrator.gathering import gathered
 from orchestrator.memory import clips_of
 from orchestrator.outcome import cancelled_event, count, last_event
+from orchestrator.playback import PlaybackNotes
 from orchestrator.records import patiently
 from orchestrator.session import (
     Action,
@@ -39,6 +40,7 @@ from orchestrator.session import (
     CutAnswer,
     Fail,
     FollowTurn,
+    NotePlayback,
     OpenSession,
     OpenTurn,
     Reply,
@@ -83,6 +85,7 @@ class Call:
         self._lock = asyncio.Lock()
         self._queue: asyncio.Queue[ConverseResponse | Exception | None] = asyncio.Queue(QUEUED_RESPONSES)
         self._followed: dict[str, tuple[Following, asyncio.Task[None]]] = {}
+        self._playback = PlaybackNotes(desk.turns.journal)
         self._reservation: Reservation | None = None
         self._caller = Caller()
         self._session_id = ""
@@ -131,6 +134,7 @@ class Call:
         for turn_id in tuple(self._followed):
             await self._stop_following(turn_id)
         await end([*filter(None, [self._leaving])])
+        await self._playback.aclose()
         if self._reservation is None:
             return
         if self._over:
@@ -235,6 +239,8 @@ class Call:
             case CutAnswer(turn_id=turn_id, heard_ms=heard_ms):
                 left = await self._turns.cut(turn_id, heard_ms)
                 await self._tell(cancelled_event(turn_id, left))
+            case NotePlayback(turn_id=turn_id, heard_ms=heard_ms, age_ms=age_ms):
+                self._playback.add(turn_id, heard_ms / 1000, age_ms / 1000)
             case FollowTurn(turn_id=turn_id):
                 await self._follow(turn_id)
 

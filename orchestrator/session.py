@@ -135,6 +135,15 @@ class CutAnswer:
 
 
 @dataclass(frozen=True)
+class NotePlayback:
+    """The caller had heard `heard_ms` of the running turn `age_ms` ago, which paces it."""
+
+    turn_id: str
+    heard_ms: int
+    age_ms: int
+
+
+@dataclass(frozen=True)
 class FollowTurn:
     """Tell the events of a turn that was committed before, from its beginning."""
 
@@ -164,6 +173,7 @@ Action: TypeAlias = (
     | SayTurn
     | CancelTurn
     | CutAnswer
+    | NotePlayback
     | FollowTurn
     | Reply
     | Fail
@@ -385,7 +395,7 @@ class Session:
         turn = playback.turn_id or self.running or self.last
         if turn and turn in (self.running, self.last):
             self._heard[turn] = max(playback.heard_ms, self._heard.get(turn, 0))
-        return []
+        return [NotePlayback(turn, playback.heard_ms, playback.age_ms)] if turn and turn == self.running else []
 
     # ---- what came of the actions ----
 

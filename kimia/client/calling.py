@@ -39,6 +39,7 @@ class CallState:
         self._unsent: deque[pb.ConverseRequest] = deque()  # on this connection
         self._cancel: pb.ConverseRequest | None = None  # the last of each: of the turn that runs or ended last
         self._heard: pb.ConverseRequest | None = None
+        self._heard_at = 0.0  # when that was
         self._asked: deque[float] = deque()  # when the turns that did not start yet were asked for
         self._next_audio = 0
         self._begun = False
@@ -87,6 +88,7 @@ class CallState:
     def playback(self, heard_ms: int) -> None:
         """How far the current turn was heard."""
         self._heard = pb.ConverseRequest(playback=pb.Playback(turn_id=self.current_turn_id, heard_ms=heard_ms))
+        self._heard_at = time.monotonic()
         self._send(self._heard)
 
     @property
@@ -110,6 +112,8 @@ class CallState:
         del self.config.messages[:]  # only a new session takes them
         self._confirm_audio(ready.next_audio_index)
         self._unsent = deque(self._unconfirmed)
+        if self._heard is not None:
+            self._heard.playback.age_ms = round(1000 * (time.monotonic() - self._heard_at))
         self._unsent.extend(request for request in (self._heard, self._cancel) if request is not None)
         self._connected = True
 
@@ -267,5 +271,5 @@ class CallerSide(ABC):
         self._do(lambda: self.state.cancel(heard_ms))
 
     def playback(self, heard_ms: int) -> None:
-        """How far the caller has heard the running turn."""
+        """How far the caller has heard the running turn. Once a second is enough; it paces what is still to come."""
         self._do(lambda: self.state.playback(heard_ms))

@@ -29,7 +29,7 @@ from kimia.v1 import conversation_pb2 as kimia_dot_v1_dot_conversation__pb2
 from kimia.v1 import turn_pb2 as kimia_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kimia/v1/kimi_audio.proto\x12\x08kimia.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14kimia/v1/audio.proto\x1a\x1bkimia/v1/conversation.proto\x1a\x13kimia/v1/turn.proto\"\xee\x01\n\x0fGenerateRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\x12#\n\x08messages\x18\x04 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x10\n\x03say\x18\x05 \x01(\tH\x00\x88\x01\x01\x12&\n\x07options\x18\x06 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12%\n\tjob_class\x18\x07 \x01(\x0e\x32\x12.kimia.v1.JobClassB\x06\n\x04_say\"6\n\x10GenerateResponse\x12\"\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.kimia.v1.TurnEvent\"\xb8\x03\n\x0f\x43onverseRequest\x12&\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x14.kimia.v1.CallConfigH\x00\x12&\n\x05\x61udio\x18\x02 \x01(\x0b\x32\x15.kimia.v1.CallerAudioH\x00\x12$\n\x04text\x18\x03 \x01(\x0b\x32\x14.kimia.v1.CallerTextH\x00\x12\x1c\n\x03say\x18\x04 \x01(\x0b\x32\r.kimia.v1.SayH\x00\x12\"\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x10.kimia.v1.CommitH\x00\x12\"\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x10.kimia.v1.CancelH\x00\x12&\n\x08playback\x18\x07 \x01(\x0b\x32\x12.kimia.v1.PlaybackH\x00\x12 \n\x05\x63lear\x18\x08 \x01(\x0b\x32\x0f.kimia.v1.ClearH\x00\x12(\n\tspeculate\x18\t \x01(\x0b\x32\x13.kimia.v1.SpeculateH\x00\x12$\n\x07\x63onfirm\x18\n \x01(\x0b\x32\x11.kimia.v1.ConfirmH\x00\x12$\n\x07retract\x18\x0b \x01(\x0b\x32\x11.kimia.v1.RetractH\x00\x42\t\n\x07\x63ontent\"\xd8\x01\n\nCallConfig\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12+\n\x0cinput_format\x18\x03 \x01(\x0b\x32\x15.kimia.v1.AudioFormat\x12&\n\x07options\x18\x04 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12#\n\x08messages\x18\x05 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x1a\n\x12server_endpointing\x18\x06 \x01(\x08\"*\n\x0b\x43\x61llerAudio\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x1a\n\nCallerText\x12\x0c\n\x04text\x18\x01 \x01(\t\"T\n\x03Say\x12\x0c\n\x04text\x18\x01 \x01(\t\x12&\n\x07options\x18\x02 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\"I\n\x06\x43ommit\x12&\n\x07options\x18\x01 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"=\n\x06\x43\x61ncel\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x15\n\x08heard_ms\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_heard_ms\"-\n\x08Playback\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x10\n\x08heard_ms\x18\x02 \x01(\x04\"\x07\n\x05\x43lear\"\x0b\n\tSpeculate\"\t\n\x07\x43onfirm\"\t\n\x07Retract\"\xa8\x01\n\rResumeRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x0f\n\x07turn_id\x18\x02 \x01(\t\x12\x1d\n\x10last_audio_index\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0flast_text_index\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x13\n\x11_last_audio_indexB\x12\n\x10_last_text_index\"4\n\x0eResumeResponse\x12\"\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.kimia.v1.TurnEvent\"I\n\x11GetSessionRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\xf4\x01\n\x12GetSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x08messages\x18\x04 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x10\n\x08turn_ids\x18\x05 \x03(\t\x12\x18\n\x10next_audio_index\x18\x06 \x01(\x04\x12\x17\n\x0frunning_turn_id\x18\x07 \x01(\t\"L\n\x14\x44\x65leteSessionRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\x9c\x01\n\x10\x43onverseResponse\x12$\n\x05ready\x18\x01 \x01(\x0b\x32\x13.kimia.v1.CallReadyH\x00\x12\x31\n\x0e\x61udio_received\x18\x02 \x01(\x0b\x32\x17.kimia.v1.AudioReceivedH\x00\x12$\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x13.kimia.v1.TurnEventH\x00\x42\t\n\x07\x63ontent\"g\n\tCallReady\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10next_audio_index\x18\x02 \x01(\x04\x12,\n\routput_format\x18\x03 \x01(\x0b\x32\x15.kimia.v1.AudioFormat\"\x1e\n\rAudioReceived\x12\r\n\x05index\x18\x01 \x01(\x04\"\x94\x02\n\tTurnEvent\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12(\n\x07started\x18\x02 \x01(\x0b\x32\x15.kimia.v1.TurnStartedH\x00\x12#\n\x04text\x18\x03 \x01(\x0b\x32\x13.kimia.v1.TextDeltaH\x00\x12%\n\x05\x61udio\x18\x04 \x01(\x0b\x32\x14.kimia.v1.AudioChunkH\x00\x12\"\n\x04\x64one\x18\x05 \x01(\x0b\x32\x12.kimia.v1.TurnDoneH\x00\x12,\n\tcancelled\x18\x06 \x01(\x0b\x32\x17.kimia.v1.TurnCancelledH\x00\x12#\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x11.kimia.v1.FailureH\x00\x42\t\n\x07\x63ontent\"]\n\x0bTurnStarted\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\routput_format\x18\x03 \x01(\x0b\x32\x15.kimia.v1.AudioFormat\"(\n\tTextDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\")\n\nAudioChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x80\x01\n\x08TurnDone\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\"\n\x04stop\x18\x02 \x01(\x0e\x32\x14.kimia.v1.StopReason\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.kimia.v1.Usage\x12\"\n\x07latency\x18\x04 \x01(\x0b\x32\x11.kimia.v1.Latency\"$\n\rTurnCancelled\x12\x13\n\x0bheard_codes\x18\x01 \x01(\r\"v\n\x05Usage\x12\x18\n\x10prompt_positions\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x13\n\x0b\x61udio_codes\x18\x03 \x01(\r\x12\x15\n\raudio_samples\x18\x04 \x01(\x04\x12\x18\n\x10\x64ropped_messages\x18\x05 \x01(\r\"\xba\x01\n\x07Latency\x12-\n\nfirst_text\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_audio\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x06stages\x18\x04 \x03(\x0b\x32\x16.kimia.v1.StageLatency\"\xac\x02\n\x0cStageLatency\x12\"\n\x05stage\x18\x01 \x01(\x0e\x32\x13.kimia.v1.StageName\x12)\n\x06queued\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63laimed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66irst\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04\x64one\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06worker\x18\x07 \x01(\t\x12\x12\n\ntake_overs\x18\x08 \x01(\r2\xf1\x02\n\tKimiAudio\x12\x43\n\x08Generate\x12\x19.kimia.v1.GenerateRequest\x1a\x1a.kimia.v1.GenerateResponse0\x01\x12\x45\n\x08\x43onverse\x12\x19.kimia.v1.ConverseRequest\x1a\x1a.kimia.v1.ConverseResponse(\x01\x30\x01\x12=\n\x06Resume\x12\x17.kimia.v1.ResumeRequest\x1a\x18.kimia.v1.ResumeResponse0\x01\x12G\n\nGetSession\x12\x1b.kimia.v1.GetSessionRequest\x1a\x1c.kimia.v1.GetSessionResponse\x12P\n\rDeleteSession\x12\x1e.kimia.v1.DeleteSessionRequest\x1a\x1f.kimia.v1.DeleteSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kimia/v1/kimi_audio.proto\x12\x08kimia.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14kimia/v1/audio.proto\x1a\x1bkimia/v1/conversation.proto\x1a\x13kimia/v1/turn.proto\"\xee\x01\n\x0fGenerateRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\x12#\n\x08messages\x18\x04 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x10\n\x03say\x18\x05 \x01(\tH\x00\x88\x01\x01\x12&\n\x07options\x18\x06 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12%\n\tjob_class\x18\x07 \x01(\x0e\x32\x12.kimia.v1.JobClassB\x06\n\x04_say\"6\n\x10GenerateResponse\x12\"\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.kimia.v1.TurnEvent\"\xb8\x03\n\x0f\x43onverseRequest\x12&\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x14.kimia.v1.CallConfigH\x00\x12&\n\x05\x61udio\x18\x02 \x01(\x0b\x32\x15.kimia.v1.CallerAudioH\x00\x12$\n\x04text\x18\x03 \x01(\x0b\x32\x14.kimia.v1.CallerTextH\x00\x12\x1c\n\x03say\x18\x04 \x01(\x0b\x32\r.kimia.v1.SayH\x00\x12\"\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x10.kimia.v1.CommitH\x00\x12\"\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x10.kimia.v1.CancelH\x00\x12&\n\x08playback\x18\x07 \x01(\x0b\x32\x12.kimia.v1.PlaybackH\x00\x12 \n\x05\x63lear\x18\x08 \x01(\x0b\x32\x0f.kimia.v1.ClearH\x00\x12(\n\tspeculate\x18\t \x01(\x0b\x32\x13.kimia.v1.SpeculateH\x00\x12$\n\x07\x63onfirm\x18\n \x01(\x0b\x32\x11.kimia.v1.ConfirmH\x00\x12$\n\x07retract\x18\x0b \x01(\x0b\x32\x11.kimia.v1.RetractH\x00\x42\t\n\x07\x63ontent\"\xd8\x01\n\nCallConfig\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12+\n\x0cinput_format\x18\x03 \x01(\x0b\x32\x15.kimia.v1.AudioFormat\x12&\n\x07options\x18\x04 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12#\n\x08messages\x18\x05 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x1a\n\x12server_endpointing\x18\x06 \x01(\x08\"*\n\x0b\x43\x61llerAudio\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x1a\n\nCallerText\x12\x0c\n\x04text\x18\x01 \x01(\t\"T\n\x03Say\x12\x0c\n\x04text\x18\x01 \x01(\t\x12&\n\x07options\x18\x02 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\"I\n\x06\x43ommit\x12&\n\x07options\x18\x01 \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\"=\n\x06\x43\x61ncel\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x15\n\x08heard_ms\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_heard_ms\"=\n\x08Playback\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12\x10\n\x08heard_ms\x18\x02 \x01(\x04\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x04\"\x07\n\x05\x43lear\"\x0b\n\tSpeculate\"\t\n\x07\x43onfirm\"\t\n\x07Retract\"\xa8\x01\n\rResumeRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x0f\n\x07turn_id\x18\x02 \x01(\t\x12\x1d\n\x10last_audio_index\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0flast_text_index\x18\x04 \x01(\rH\x01\x88\x01\x01\x42\x13\n\x11_last_audio_indexB\x12\n\x10_last_text_index\"4\n\x0eResumeResponse\x12\"\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.kimia.v1.TurnEvent\"I\n\x11GetSessionRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\xf4\x01\n\x12GetSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x08messages\x18\x04 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x10\n\x08turn_ids\x18\x05 \x03(\t\x12\x18\n\x10next_audio_index\x18\x06 \x01(\x04\x12\x17\n\x0frunning_turn_id\x18\x07 \x01(\t\"L\n\x14\x44\x65leteSessionRequest\x12 \n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x10.kimia.v1.Caller\x12\x12\n\nsession_id\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\x9c\x01\n\x10\x43onverseResponse\x12$\n\x05ready\x18\x01 \x01(\x0b\x32\x13.kimia.v1.CallReadyH\x00\x12\x31\n\x0e\x61udio_received\x18\x02 \x01(\x0b\x32\x17.kimia.v1.AudioReceivedH\x00\x12$\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x13.kimia.v1.TurnEventH\x00\x42\t\n\x07\x63ontent\"g\n\tCallReady\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10next_audio_index\x18\x02 \x01(\x04\x12,\n\routput_format\x18\x03 \x01(\x0b\x32\x15.kimia.v1.AudioFormat\"\x1e\n\rAudioReceived\x12\r\n\x05index\x18\x01 \x01(\x04\"\x94\x02\n\tTurnEvent\x12\x0f\n\x07turn_id\x18\x01 \x01(\t\x12(\n\x07started\x18\x02 \x01(\x0b\x32\x15.kimia.v1.TurnStartedH\x00\x12#\n\x04text\x18\x03 \x01(\x0b\x32\x13.kimia.v1.TextDeltaH\x00\x12%\n\x05\x61udio\x18\x04 \x01(\x0b\x32\x14.kimia.v1.AudioChunkH\x00\x12\"\n\x04\x64one\x18\x05 \x01(\x0b\x32\x12.kimia.v1.TurnDoneH\x00\x12,\n\tcancelled\x18\x06 \x01(\x0b\x32\x17.kimia.v1.TurnCancelledH\x00\x12#\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32\x11.kimia.v1.FailureH\x00\x42\t\n\x07\x63ontent\"]\n\x0bTurnStarted\x12\x0c\n\x04seed\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12,\n\routput_format\x18\x03 \x01(\x0b\x32\x15.kimia.v1.AudioFormat\"(\n\tTextDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\")\n\nAudioChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x80\x01\n\x08TurnDone\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\"\n\x04stop\x18\x02 \x01(\x0e\x32\x14.kimia.v1.StopReason\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.kimia.v1.Usage\x12\"\n\x07latency\x18\x04 \x01(\x0b\x32\x11.kimia.v1.Latency\"$\n\rTurnCancelled\x12\x13\n\x0bheard_codes\x18\x01 \x01(\r\"v\n\x05Usage\x12\x18\n\x10prompt_positions\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x13\n\x0b\x61udio_codes\x18\x03 \x01(\r\x12\x15\n\raudio_samples\x18\x04 \x01(\x04\x12\x18\n\x10\x64ropped_messages\x18\x05 \x01(\r\"\xba\x01\n\x07Latency\x12-\n\nfirst_text\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_audio\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x06stages\x18\x04 \x03(\x0b\x32\x16.kimia.v1.StageLatency\"\xac\x02\n\x0cStageLatency\x12\"\n\x05stage\x18\x01 \x01(\x0e\x32\x13.kimia.v1.StageName\x12)\n\x06queued\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63laimed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66irst\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04\x64one\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x63ompute\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06worker\x18\x07 \x01(\t\x12\x12\n\ntake_overs\x18\x08 \x01(\r2\xf1\x02\n\tKimiAudio\x12\x43\n\x08Generate\x12\x19.kimia.v1.GenerateRequest\x1a\x1a.kimia.v1.GenerateResponse0\x01\x12\x45\n\x08\x43onverse\x12\x19.kimia.v1.ConverseRequest\x1a\x1a.kimia.v1.ConverseResponse(\x01\x30\x01\x12=\n\x06Resume\x12\x17.kimia.v1.ResumeRequest\x1a\x18.kimia.v1.ResumeResponse0\x01\x12G\n\nGetSession\x12\x1b.kimia.v1.GetSessionRequest\x1a\x1c.kimia.v1.GetSessionResponse\x12P\n\rDeleteSession\x12\x1e.kimia.v1.DeleteSessionRequest\x1a\x1f.kimia.v1.DeleteSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,51 +55,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCEL']._serialized_start=1368
   _globals['_CANCEL']._serialized_end=1429
   _globals['_PLAYBACK']._serialized_start=1431
-  _globals['_PLAYBACK']._serialized_end=1476
-  _globals['_CLEAR']._serialized_start=1478
-  _globals['_CLEAR']._serialized_end=1485
-  _globals['_SPECULATE']._serialized_start=1487
-  _globals['_SPECULATE']._serialized_end=1498
-  _globals['_CONFIRM']._serialized_start=1500
-  _globals['_CONFIRM']._serialized_end=1509
-  _globals['_RETRACT']._serialized_start=1511
-  _globals['_RETRACT']._serialized_end=1520
-  _globals['_RESUMEREQUEST']._serialized_start=1523
-  _globals['_RESUMEREQUEST']._serialized_end=1691
-  _globals['_RESUMERESPONSE']._serialized_start=1693
-  _globals['_RESUMERESPONSE']._serialized_end=1745
-  _globals['_GETSESSIONREQUEST']._serialized_start=1747
-  _globals['_GETSESSIONREQUEST']._serialized_end=1820
-  _globals['_GETSESSIONRESPONSE']._serialized_start=1823
-  _globals['_GETSESSIONRESPONSE']._serialized_end=2067
-  _globals['_DELETESESSIONREQUEST']._serialized_start=2069
-  _globals['_DELETESESSIONREQUEST']._serialized_end=2145
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=2147
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=2170
-  _globals['_CONVERSERESPONSE']._serialized_start=2173
-  _globals['_CONVERSERESPONSE']._serialized_end=2329
-  _globals['_CALLREADY']._serialized_start=2331
-  _globals['_CALLREADY']._serialized_end=2434
-  _globals['_AUDIORECEIVED']._serialized_start=2436
-  _globals['_AUDIORECEIVED']._serialized_end=2466
-  _globals['_TURNEVENT']._serialized_start=2469
-  _globals['_TURNEVENT']._serialized_end=2745
-  _globals['_TURNSTARTED']._serialized_start=2747
-  _globals['_TURNSTARTED']._serialized_end=2840
-  _globals['_TEXTDELTA']._serialized_start=2842
-  _globals['_TEXTDELTA']._serialized_end=2882
-  _globals['_AUDIOCHUNK']._serialized_start=2884
-  _globals['_AUDIOCHUNK']._serialized_end=2925
-  _globals['_TURNDONE']._serialized_start=2928
-  _globals['_TURNDONE']._serialized_end=3056
-  _globals['_TURNCANCELLED']._serialized_start=3058
-  _globals['_TURNCANCELLED']._serialized_end=3094
-  _globals['_USAGE']._serialized_start=3096
-  _globals['_USAGE']._serialized_end=3214
-  _globals['_LATENCY']._serialized_start=3217
-  _globals['_LATENCY']._serialized_end=3403
-  _globals['_STAGELATENCY']._serialized_start=3406
-  _globals['_STAGELATENCY']._serialized_end=3706
-  _globals['_KIMIAUDIO']._serialized_start=3709
-  _globals['_KIMIAUDIO']._serialized_end=4078
+  _globals['_PLAYBACK']._serialized_end=1492
+  _globals['_CLEAR']._serialized_start=1494
+  _globals['_CLEAR']._serialized_end=1501
+  _globals['_SPECULATE']._serialized_start=1503
+  _globals['_SPECULATE']._serialized_end=1514
+  _globals['_CONFIRM']._serialized_start=1516
+  _globals['_CONFIRM']._serialized_end=1525
+  _globals['_RETRACT']._serialized_start=1527
+  _globals['_RETRACT']._serialized_end=1536
+  _globals['_RESUMEREQUEST']._serialized_start=1539
+  _globals['_RESUMEREQUEST']._serialized_end=1707
+  _globals['_RESUMERESPONSE']._serialized_start=1709
+  _globals['_RESUMERESPONSE']._serialized_end=1761
+  _globals['_GETSESSIONREQUEST']._serialized_start=1763
+  _globals['_GETSESSIONREQUEST']._serialized_end=1836
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1839
+  _globals['_GETSESSIONRESPONSE']._serialized_end=2083
+  _globals['_DELETESESSIONREQUEST']._serialized_start=2085
+  _globals['_DELETESESSIONREQUEST']._serialized_end=2161
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=2163
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=2186
+  _globals['_CONVERSERESPONSE']._serialized_start=2189
+  _globals['_CONVERSERESPONSE']._serialized_end=2345
+  _globals['_CALLREADY']._serialized_start=2347
+  _globals['_CALLREADY']._serialized_end=2450
+  _globals['_AUDIORECEIVED']._serialized_start=2452
+  _globals['_AUDIORECEIVED']._serialized_end=2482
+  _globals['_TURNEVENT']._serialized_start=2485
+  _globals['_TURNEVENT']._serialized_end=2761
+  _globals['_TURNSTARTED']._serialized_start=2763
+  _globals['_TURNSTARTED']._serialized_end=2856
+  _globals['_TEXTDELTA']._serialized_start=2858
+  _globals['_TEXTDELTA']._serialized_end=2898
+  _globals['_AUDIOCHUNK']._serialized_start=2900
+  _globals['_AUDIOCHUNK']._serialized_end=2941
+  _globals['_TURNDONE']._serialized_start=2944
+  _globals['_TURNDONE']._serialized_end=3072
+  _globals['_TURNCANCELLED']._serialized_start=3074
+  _globals['_TURNCANCELLED']._serialized_end=3110
+  _globals['_USAGE']._serialized_start=3112
+  _globals['_USAGE']._serialized_end=3230
+  _globals['_LATENCY']._serialized_start=3233
+  _globals['_LATENCY']._serialized_end=3419
+  _globals['_STAGELATENCY']._serialized_start=3422
+  _globals['_STAGELATENCY']._serialized_end=3722
+  _globals['_KIMIAUDIO']._serialized_start=3725
+  _globals['_KIMIAUDIO']._serialized_end=4094
 # @@protoc_insertion_point(module_scope)

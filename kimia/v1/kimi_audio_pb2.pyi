@@ -386,25 +386,33 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Playback(_message.Message):
-    """How far the caller has heard."""
+    """How far the caller has heard. It is what an interrupted answer is cut to. From the first Playback of a turn on its
+    speech is also paced: no more is made than the service keeps ahead of the caller. Between two of them the caller is
+    taken to hear in real time; once a second is often enough, and a player that stands still says so by sending the same
+    position again. Without any, an answer is made as fast as it can be.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TURN_ID_FIELD_NUMBER: _builtins.int
     HEARD_MS_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
     turn_id: _builtins.str
     """The turn; empty: the running one, or else the last."""
     heard_ms: _builtins.int
     """Output heard, milliseconds from its beginning."""
+    age_ms: _builtins.int
+    """How long ago that was, milliseconds: for a position that could not be sent at once."""
     def __init__(
         self,
         *,
         turn_id: _builtins.str = ...,
         heard_ms: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heard_ms", b"heard_ms", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "heard_ms", b"heard_ms", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -103,7 +103,9 @@ def test_a_commit_stays_until_its_turn_starts() -> None:
     assert not call.settled(())
 
 
-def test_playback_and_cancel_of_the_current_turn_are_said_again() -> None:
+def test_playback_and_cancel_of_the_current_turn_are_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter((100.0, 101.0, 103.5))
+    monkeypatch.setattr("kimia.client.calling.time.monotonic", lambda: next(moments))
     call = state()
     call.connected(ready())
     call.commit(None, {})
@@ -116,6 +118,7 @@ def test_playback_and_cancel_of_the_current_turn_are_said_again() -> None:
     again = sent(call)
     assert names(again) == ["playback", "cancel"]
     assert (again[0].playback.heard_ms, again[1].cancel.turn_id) == (160, TURN)
+    assert again[0].playback.age_ms == 2500  # it was said so long ago, before the connection was lost
     call.turn_event(started("session.second"))
     call.disconnected()
     call.connected(ready())

@@ -15,11 +15,12 @@ from kimia.errors import (
 )
 from kimia.runtime import server
 from kimia.runtime.fake import read_pcm
+from kimia.runtime.pacing import sound_seconds
 from kimia.runtime.settings import Settings
 from kimia.status import from_rpc_error
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat
-from kimia.v1.conversation_pb2 import TurnOptions
+from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT, TurnOptions
 from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
 from kimia.v1.turn_pb2 import Failure
 from orchestrator import turn as turn_module
@@ -371,6 +372,76 @@ async def test_barge_in_frees_the_rows(world):
             return not world.rows_used()
 
         await world.until_async(free)
+
+
+BRIEF = TurnOptions(output_type=OUTPUT_TYPE_TEXT, max_new_tokens=5)
+
+
+async def paced(world, call):
+    """A turn that is parked in both stages, since its caller has heard nothing of it yet."""
+    await call.send(text=pb.CallerText(text="tell me a long story"))
+    await call.send(commit=pb.Commit())
+    await call.send(playback=pb.Playback())
+
+    async def parked():
+        return world.rows_used() == 0 and sum(worker._rows.parked for worker in world.running) == 2
+
+    await world.until_async(parked)
+    return (await call.event("started")).turn_id
+
+
+async def test_what_the_caller_says_of_its_playback_paces_the_turn(world):
+    await world.begin(ENDLESS)
+    async with world.call() as call:
+        turn_id = await paced(world, call)
+        given = sum(map(sound_seconds, await world.journal.read(turn_id, "audio")))
+        await call.send(playback=pb.Playback(heard_ms=5000, age_ms=1000))
+        playback = await heard_at_least(world, turn_id, 5.0)
+        assert playback.age >= 1.0
+
+        async def more():
+            return sum(map(sound_seconds, await world.journal.read(turn_id, "audio"))) >= max(given, 9.0)
+
+        await world.until_async(more)
+
+
+async def heard_at_least(world, turn_id, seconds):
+    async with asyncio.timeout(10):
+        while True:
+            playback = await world.journal.playback(turn_id)
+            if playback and playback.heard >= seconds:
+                return playback
+            await asyncio.sleep(0.005)
+
+
+async def test_a_cancel_ends_a_parked_turn_and_nothing_of_it_follows(world):
+    await world.begin(ENDLESS)
+    async with world.call(session_id="s") as call:
+        turn_id = await paced(world, call)
+        await call.send(cancel=pb.Cancel(heard_ms=1200))
+        cancelled = await call.event("cancelled")
+        assert cancelled.cancelled.heard_codes == 15
+        await eventually(lambda: not any(worker._rows.used or worker._rows.parked for worker in world.running))
+        await call.send(text=pb.CallerText(text="and now?"))
+        second = await call.answer(options=BRIEF)
+        spec = await world.spec(second[0].turn_id)
+    told = [event.turn_id for event in events_of(call)]
+    assert turn_id not in told[told.index(second[0].turn_id) :]
+    assert spec.messages[1] == answer_of(await world.journal.read(turn_id, "tokens"), 15).message
+
+
+async def test_after_a_cancel_was_told_no_byte_of_the_turn_follows(world):
+    """While both stages compute and the client's queue is full of speech."""
+    await world.begin(ENDLESS)
+    async with world.call() as call:
+        for _ in range(3):
+            turn_id, cancelled = await interrupted(world, call, chunks=5, heard_ms=400)
+            assert cancelled.turn_id == turn_id
+            before = await world.journal.read(turn_id, "audio")
+            await call.send(text=pb.CallerText(text="and now?"))
+            answered = await call.answer(options=BRIEF)
+            assert {event.turn_id for event in answered} == {answered[0].turn_id}
+            assert await world.journal.read(turn_id, "audio") == before
 
 
 async def test_playback_says_what_was_heard(world):

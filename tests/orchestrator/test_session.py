@@ -29,6 +29,7 @@ from orchestrator.session import (
     CutAnswer,
     Fail,
     FollowTurn,
+    NotePlayback,
     OpenSession,
     OpenTurn,
     Phase,
@@ -510,6 +511,19 @@ def test_playback_of_an_old_turn_is_ignored(call):
     assert call.session.heard_ms is None
     call.give(playback(6))
     assert call.session.heard_ms == 6
+
+
+def test_only_the_running_turn_is_paced(call):
+    for request in (playback(1), text(), commit(), playback(80), playback(40), playback(9, "s.old")):
+        call.give(request)
+    call.give(ConverseRequest(playback=Playback(heard_ms=160, age_ms=30)))
+    call.session.ended("s.1")
+    call.give(playback(200))
+    assert [action for action in call.log if isinstance(action, NotePlayback)] == [
+        NotePlayback("s.1", 80, 0),
+        NotePlayback("s.1", 40, 0),
+        NotePlayback("s.1", 160, 30),
+    ]
 
 
 def test_what_was_heard_before_the_connection_was_lost():

@@ -6,13 +6,14 @@ import pytest
 
 from kimia.errors import UnavailableError
 from kimia.runtime.attempt import HANDED_OVER, LOST, RETRIED, Attempt, Bench
-from kimia.runtime.fake import FakeLanguageModel, FakeTiming
+from kimia.runtime.fake import DELAY, FakeLanguageModel, FakeTiming
 from kimia.runtime.rows import Row, Rows
 from kimia.stage import LLM
 from kimia.streams.jobs import Claim, Outcome, Published
+from kimia.streams.journal import Playback
 from kimia.streams.patience import Patience
 from kimia.v1.turn_pb2 import Chunk
-from tests.runtime.workers import new_turn
+from tests.runtime.workers import ROUTE, eventually, new_turn
 
 pytestmark = pytest.mark.unit
 
@@ -30,6 +31,10 @@ class Feed:
 
     async def ended(self):
         await asyncio.Event().wait()
+
+    async def playback(self):
+        await asyncio.Event().wait()
+        yield
 
 
 class Journal:
@@ -68,10 +73,10 @@ def new_row():
     return Row(rows)
 
 
-def attempt_of(journal, stage=None, next_index=0):
+def attempt_of(journal, stage=None, next_index=0, turn=TURN, playback=None):
     stage = stage or FakeLanguageModel(FakeTiming(steps=12))
-    bench = Bench(stage, journal, journal, None, journal, Patience(), 1, "weights", lead=4.0)
-    claim = Claim(TURN, LLM, "me", 1, "jobs", "1-0", 1, next_index, False, 0.0)
+    bench = Bench(stage, journal, journal, None, journal, Patience(), 1, "weights", lead=3603.0)
+    claim = Claim(turn, LLM, "me", 1, "jobs", "1-0", 1, next_index, False, 0.0, playback)
     return Attempt(bench, claim, new_row())
 
 
@@ -153,6 +158,30 @@ async def test_the_next_chunk_is_computed_while_the_last_one_is_published():
     journal = Slow()
     assert await outcome(attempt_of(journal, Ahead(FakeTiming(steps=12)))) == "done"
     assert journal.sent == list(range(12))
+
+
+class Counting(FakeLanguageModel):
+    """Counts the steps that it makes, given out or not."""
+
+    made = 0
+
+    async def run(self, turn, inbox, published=()):
+        async for chunk in super().run(turn, inbox, published):
+            self.made += 1
+            yield chunk
+
+
+async def test_beyond_the_lead_nothing_is_asked_of_the_stage_and_the_row_is_free():
+    turn, journal, stage = new_turn(route=ROUTE[1:]), Journal(), Counting(FakeTiming(steps=100))
+    attempt = attempt_of(journal, stage, turn=turn, playback=Playback(heard=-3600.0, age=0.0))
+    await eventually(lambda: len(journal.log) == DELAY + 46)  # commits of 6, 12 and 24 and 4 to look ahead: 3.2 s
+    await asyncio.sleep(0.01)
+    assert stage.made == len(journal.log) == DELAY + 46
+    assert attempt.row._rows.free == 1
+    attempt.stop(HANDED_OVER)
+    assert await outcome(attempt) == HANDED_OVER
+    attempt.row.leave()
+    assert (attempt.row._rows.used, attempt.row._rows.parked) == (0, 0)
 
 
 class Waiting(FakeLanguageModel):
