@@ -105,6 +105,11 @@ FORGOTTEN = (
     fault("a drop of what its worker begins", "drop", "not (s[5] and tonumber(s[4] or 0) > now)", "true"),
     fault("a drop before the deadline", "drop", " or now <= deadline then", " then"),
     fault("a drop of what has begun", "drop", " and tonumber(s[3] or 0) == 0"),
+    fault(
+        "a position that counts before its turn runs, and after", "playback", "if h[1] ~= 'running' then return {} end"
+    ),
+    fault("a late position that counts", "playback", "or heard > before or", "or heard ~= before or"),
+    fault("a claim that forgets the position", "claim", "if h[14] then", "if false then"),
     fault("a session written over", "save", "if found ~= version then return {'conflict', found} end"),
 )
 

@@ -293,6 +293,8 @@ class Play(RuleBasedStateMachine):
         demand((state, reason) == (found.state, found.reason), turn, "is", state, reason, "and not", found.state)
         reader = head["reader"].decode(), int(head["reader_token"])
         demand(reader == (found.reader, found.token), turn, "has another reader")
+        heard = int(head["heard"]) / 1000 if "heard" in head else None
+        demand(heard == found.heard, turn, "was heard for", heard, "and not", found.heard)
         whole = all(found.complete(STAGES[name].writes) for name in found.route)
         demand(state != "done" or whole, turn, "is done, and not all is there")
         for name, stage in found.stages.items():

@@ -17,6 +17,7 @@ from hypothesis.stateful import Bundle, MultipleResults, initialize, invariant, 
 from kimia.errors import NotFoundError, StateError
 from kimia.stage import LLM, STAGES
 from kimia.streams import keys
+from kimia.streams.journal import Playback
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Failure, Turn
 from tests.faults.ground import HOUR, OPTIONS, P
@@ -93,6 +94,13 @@ class Protocol(Play):
     def submit(self, turn: str, worker: str | None, old: bool, answers_lost: int) -> None:
         for _ in range(1 + answers_lost):
             self.submit_turn(turn, self._token(turn) - old, worker)
+
+    @rule(turn=turns, seconds=st.integers(0, 3))
+    def hear(self, turn: str, seconds: int) -> None:
+        """Its client says how far it has heard it, whoever reads it, and however late."""
+        if turn in self.truth.turns:
+            self.truth.turns[turn].hear(seconds)
+        self.ground.run(self.journal.note_playback(turn, Playback(seconds, 0.0)))
 
     @rule(turn=turns, how=st.sampled_from(("cancelled", "failed", "expired", "expired but for its input", "deleted")))
     def stop(self, turn: str, how: str) -> None:

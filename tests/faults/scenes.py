@@ -331,6 +331,27 @@ def a_fail_over_loses_turns(stage: Stage) -> None:
     stage.all_of(worker)
 
 
+def a_caller_hears(stage: Stage) -> None:
+    """Positions come late, twice, and behind the end; whoever takes the turn over knows the furthest."""
+    turn = stage.open(session="s1", route=SPOKEN, key="", deadline=None, batch=False, whole=False)
+    stage.hear(turn=turn, seconds=1)
+    stage.compare()
+    stage.see_to_it(turn=turn)
+    worker = stage.take()
+    for seconds in (2, 1, 2):
+        stage.hear(turn=turn, seconds=seconds)
+        stage.compare()
+    stage.say(worker)
+    new = stage.taken_over(worker, 2)
+    stage.stop(turn=turn, how="cancelled")
+    stage.hear(turn=turn, seconds=3)
+    stage.compare()
+    stage.stop(turn=turn, how="expired")
+    stage.hear(turn=turn, seconds=3)
+    stage.compare()
+    stage.all_of(new)
+
+
 SCENES: tuple[Callable[[Stage], None], ...] = (
     nothing_goes_wrong,
     a_worker_wakes_up_late,
@@ -349,6 +370,7 @@ SCENES: tuple[Callable[[Stage], None], ...] = (
     the_deadline_passes,
     the_deadline_passes_and_no_worker_is_there,
     orchestrators_disagree,
+    a_caller_hears,
     input_outlives_its_turn,
     a_session_forgets_what_is_gone_and_nothing_else,
     a_fail_over_loses_a_claim,

@@ -72,6 +72,7 @@ class TurnTruth:
     state: str = "open"
     reason: str = ""  # of a failure
     rewound: bool = False
+    heard: int | None = None  # seconds of speech that its caller has heard
     time_left: float | None = None  # hours to the deadline
     logs: dict[str, list[bytes]] = field(default_factory=lambda: {log: [] for log in LOGS})
     stages: dict[str, StageTruth] = field(default_factory=lambda: {name: StageTruth() for name in STAGES})
@@ -129,6 +130,8 @@ class TurnTruth:
         demand(claim.next_index == len(self.logs[claim.kind.writes]), "a claim that begins at", claim.next_index)
         demand(claim.rewound == self.rewound, "a claim that does not know of the rewind")
         demand(claim.turn == self.spec, "a claim with another spec")
+        heard = claim.playback and claim.playback.heard
+        demand(heard == self.heard, "a claim that thinks its caller has heard", heard, "and not", self.heard)
         stage.claim, stage.live, stage.tries = number, True, claim.attempt
 
     def given_up(self, stage: str, most: int) -> None:
@@ -239,6 +242,11 @@ class TurnTruth:
             self.time_left = hours_left(spec)
             self.stages[route_of(spec)[0].name].queued = True
         return "ok"
+
+    def hear(self, seconds: int) -> None:
+        """The caller has heard so much; the furthest word of a turn that runs counts."""
+        if self.exists and self.state == "running":
+            self.heard = max(seconds, self.heard or 0)
 
 
 @dataclass
