@@ -176,14 +176,12 @@ def _after_deaths(turns: Sequence[Record], deaths: Sequence[Death], silences: Se
                 continue
             arrivals = [at for at, _ in turn["arrivals"]]
             earlier, later = [at for at in arrivals if at <= death.at], [at for at in arrivals if at > death.at]
-            if not later:
-                continue  # all of the answer was there, or it was interrupted
             if not earlier:
-                found[BEFORE]["wait"].append(1e3 * (later[0] - death.at))
+                found[BEFORE]["wait"].extend(1e3 * (at - death.at) for at in later[:1])
                 continue
             lead = max(played(turn["arrivals"][: len(earlier)]).dry_at - death.at, 0.0)
             row = found[BUILT if lead >= LEAD_SECONDS else EARLY]
-            row["wait"].append(1e3 * (later[0] - earlier[-1]))
+            row["wait"].extend(1e3 * (at - earlier[-1]) for at in later[:1])  # none: it was interrupted, or all there
             dry = [one for one in silences if one.turn_id == turn["turn_id"] and death.at <= one.dry.end < until]
             row["underrun"].append(sum(one.dry.seconds for one in dry))
             row["unexplained"].append(sum(one.unexplained for one in dry))

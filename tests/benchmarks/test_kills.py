@@ -68,3 +68,10 @@ def test_an_underrun_belongs_to_the_last_death_before_it():
     report = heard["deaths"]["lead not built"]
     assert report["wait_ms"]["n"] == 2
     assert report["underrun_seconds"] == 2.0 + 3.0
+
+
+def test_who_interrupts_the_silence_after_a_death_has_heard_it():
+    answer = turn("s.1", [[101.0, 1.0]], end="cancelled", interrupted=103.0, ended=103.5)
+    report = hear([answer], [], 0.0, [Death(101.5, "llm.1")])["deaths"]["lead not built"]
+    assert report["wait_ms"]["n"] == 0
+    assert report["underrun_seconds"] == 1.0
