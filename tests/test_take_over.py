@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(240)]
 CLIP = COMMITTED / "e2e" / "audio" / "clip_b2.wav"
 SPOKEN = [{"role": "user", "message_type": "audio", "content": str(CLIP)}]
 OPTIONS = {"seed": 9, "max_new_tokens": 60}
+PIECE = 3200  # bytes: 100 ms
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,35 @@ def test_the_orchestrator_is_killed(service: Service, undisturbed: Answer) -> No
         answer = turn.progress.answer()
     assert killed
     assert (answer.text, answer.pcm) == (undisturbed.text, undisturbed.pcm)
+
+
+SAID = bytes(at * 7 % 251 for at in range(20 * PIECE))  # 2 s
+
+
+def kill_reader(service: Service, session_id: str) -> None:
+    """The orchestrator that takes a caller's sound, as soon as some of it is stored."""
+    with redis.Redis.from_url(service.redis_url) as store:
+        reader = None
+        while reader is None:
+            for key in store.scan_iter(f"{{0}}:turn:{session_id}.*:input"):
+                reader = store.hget(key.removesuffix(b":input"), "reader")
+    os.kill(int(reader.split(b"-")[-2]), signal.SIGKILL)
+
+
+def called(service: Service, disturb: bool) -> tuple[str, bytes, int]:
+    """The answer to a call of one question, and how many pieces of sound its session has."""
+    with Kimia(service.address) as kimia, kimia.converse(**OPTIONS) as call:
+        call.send_audio(SAID[: 10 * PIECE])
+        if disturb:
+            kill_reader(service, call.session_id)
+        call.send_audio(SAID[10 * PIECE :])
+        call.commit()
+        answer = call.answer()
+        return answer.text, answer.pcm, kimia.session(call.session_id).next_audio_index
+
+
+def test_the_orchestrator_is_killed_while_the_caller_speaks(service: Service) -> None:
+    """Half of the sound is on its way or stored when it dies; the rest is said to nobody, and sent to the next one."""
+    undisturbed = called(service, disturb=False)
+    assert undisturbed[2] == 20
+    assert called(service, disturb=True) == undisturbed

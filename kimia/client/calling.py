@@ -1,8 +1,8 @@
 """A call as the client knows it: what was sent and not yet confirmed, which turns run, what to send after a drop.
 
-Does no input and no output. Everything sent is kept until the service has it for certain: sound until it is
-acknowledged, a commit or say until its turn has started (it carries a key, so that sending it again starts nothing),
-text until sound after it was acknowledged or the turn that took it along has started.
+Does no input and no output. Sound and text are kept until the turn that takes them along has started, a commit or say
+until its turn has (it carries a key, so that sending it again starts nothing). Sound is sent again unless it was
+acknowledged, text unless sound after it was; what was acknowledged, too, where the service has lost it since.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 from kimia.client.events import Ended, Event, TurnFailed
 from kimia.client.options import SAMPLE_BYTES, Options, encoding_name, turn_options
 from kimia.client.progress import TurnProgress
 from kimia.client.requests import check_text, new_key
-from kimia.errors import KimiaError, ParameterError
+from kimia.errors import KimiaError, NotFoundError, ParameterError
 from kimia.v1 import kimi_audio_pb2 as pb
 
 LARGEST_PIECE = 64 << 10  # bytes
@@ -35,13 +35,14 @@ class CallState:
         self.turns: dict[str, TurnProgress] = {}  # running
         self.finished: set[str] = set()
         self.last: TurnProgress | None = None  # the turn that ended last
-        self._unconfirmed: deque[pb.ConverseRequest] = deque()
+        self._said: list[_Said] = []
         self._unsent: deque[pb.ConverseRequest] = deque()  # on this connection
         self._cancel: pb.ConverseRequest | None = None  # the last of each: of the turn that runs or ended last
         self._heard: pb.ConverseRequest | None = None
         self._heard_at = 0.0  # when that was
         self._asked: deque[float] = deque()  # when the turns that did not start yet were asked for
         self._next_audio = 0
+        self._taken = 0  # sound below this index is not kept any more
         self._begun = False
         self._connected = False
         self._sample = SAMPLE_BYTES[encoding_name(config.input_format)]
@@ -103,15 +104,22 @@ class CallState:
         return pb.ConverseRequest(config=self.config)
 
     def connected(self, ready: pb.CallReady) -> None:
-        """The service is ready: everything it does not have is to be sent (again)."""
+        """The service is ready: everything it does not have is to be sent (again).
+
+        Raises NotFoundError when it has lost what is not kept here either.
+        """
         if not self._begun:  # the session may be older than this call
-            self._begun, self._next_audio = True, ready.next_audio_index
+            self._begun, self._next_audio, self._taken = True, ready.next_audio_index, ready.next_audio_index
+        if ready.next_audio_index < self._taken:
+            rule = "the service has lost this session; begin another call"
+            raise NotFoundError(f"{rule}, and say again what matters", field="session_id")
         self.session_id = ready.session_id
         self.output_format = ready.output_format
         self.config.session_id = ready.session_id
         del self.config.messages[:]  # only a new session takes them
         self._confirm_audio(ready.next_audio_index)
-        self._unsent = deque(self._unconfirmed)
+        self._doubt_audio(ready.next_audio_index)
+        self._unsent = deque(said.request for said in self._said if not said.confirmed)
         if self._heard is not None:
             self._heard.playback.age_ms = round(1000 * (time.monotonic() - self._heard_at))
         self._unsent.extend(request for request in (self._heard, self._cancel) if request is not None)
@@ -175,7 +183,9 @@ class CallState:
 
     def settled(self, resuming: Collection[str]) -> bool:
         """Whether no turn is under way or expected, but those that streams of their own bring to an end."""
-        return not any(map(_starts_a_turn, self._unconfirmed)) and all(turn in resuming for turn in self.turns)
+        return not any(_starts_a_turn(said.request) for said in self._said) and all(
+            turn in resuming for turn in self.turns
+        )
 
     # ---- keeping the books ----
 
@@ -192,7 +202,7 @@ class CallState:
         self.finished.add(turn_id)
 
     def _push(self, request: pb.ConverseRequest) -> None:
-        self._unconfirmed.append(request)
+        self._said.append(_Said(request))
         if _starts_a_turn(request):
             self._asked.append(time.perf_counter())
         self._send(request)
@@ -203,29 +213,52 @@ class CallState:
 
     def _confirm_audio(self, received: int) -> None:
         """All sound below this index is stored; requests are read in order, so is everything before the last of it."""
-        places = [
-            place
-            for place, request in enumerate(self._unconfirmed)
-            if request.HasField("audio") and request.audio.index < received
-        ]
-        if places:
-            self._confirm(places[-1] + 1)
+        last = next((at for at in range(len(self._said), 0, -1) if self._said[at - 1].is_audio_below(received)), 0)
+        cleared = 0
+        for at in range(last, 0, -1):
+            said = self._said[at - 1]
+            if said.confirmed and said.request.HasField("audio"):
+                break  # and so is all before it
+            said.confirmed = not _starts_a_turn(said.request)  # that stays until the turn is seen
+            if said.request.HasField("clear"):
+                cleared = max(cleared, at)
+        self._forget(cleared)
 
-    def _confirm(self, count: int) -> None:
-        """The first `count` requests were read. What starts a turn stays until that turn is seen."""
-        kept = [request for request in islice(self._unconfirmed, count) if _starts_a_turn(request)]
-        self._unconfirmed = deque([*kept, *islice(self._unconfirmed, count, None)])
+    def _doubt_audio(self, received: int) -> None:
+        """Sound from this index on is not stored, whatever was acknowledged, nor is what came after the last piece."""
+        for said in reversed(self._said):
+            if said.is_audio_below(received):
+                return
+            said.confirmed = False
+
+    def _forget(self, count: int) -> None:
+        """The first `count` requests are done with. What starts a turn stays until that turn is seen."""
+        gone = self._said[:count]
+        self._said[:count] = [said for said in gone if _starts_a_turn(said.request)]
+        self._taken = max(
+            [self._taken, *(said.request.audio.index + 1 for said in gone if said.request.HasField("audio"))]
+        )
 
     def _confirm_start(self) -> None:
         """A turn has begun: the first request that starts one was read; a commit has taken all before it along."""
-        for place, request in enumerate(self._unconfirmed):
-            if _starts_a_turn(request):
-                if request.HasField("commit"):
-                    self._confirm(place)
-                    self._unconfirmed.popleft()
-                else:
-                    del self._unconfirmed[place]
+        for place, said in enumerate(self._said):
+            if _starts_a_turn(said.request):
+                del self._said[place]
+                if said.request.HasField("commit"):
+                    self._forget(place)
                 return
+
+
+@dataclass
+class _Said:
+    """A request of the caller."""
+
+    request: pb.ConverseRequest
+    confirmed: bool = False  # the service has it
+
+    def is_audio_below(self, index: int) -> bool:
+        """Whether it is sound with a smaller index."""
+        return self.request.HasField("audio") and self.request.audio.index < index
 
 
 def _starts_a_turn(request: pb.ConverseRequest) -> bool:

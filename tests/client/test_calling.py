@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kimia.client.calling import CallState
 from kimia.client.connection import Identity
 from kimia.client.requests import call_config
+from kimia.errors import NotFoundError
 from kimia.v1 import kimi_audio_pb2 as pb
 from tests.client.scripted import NATIVE, TURN, WHOLE, done, received, started
 
@@ -51,6 +52,49 @@ def test_a_session_goes_on_at_its_own_index() -> None:
     call.connected(ready(7))
     call.audio(PIECE)
     assert names(sent(call)) == ["audio 7"]
+
+
+def again(call: CallState, index: int) -> list[str]:
+    """What goes out on a new connection to a service that has the sound below an index."""
+    call.disconnected()
+    call.connected(ready(index))
+    return names(sent(call))
+
+
+def test_what_was_acknowledged_and_lost_is_sent_again() -> None:
+    call = state()
+    call.connected(ready())
+    call.audio(PIECE * 2)
+    call.text("between")
+    call.audio(PIECE * 2)
+    call.received(received(3))
+    assert again(call, 4) == []
+    assert again(call, 2) == ["text", "audio 2", "audio 3"]
+    call.received(received(3))
+    assert again(call, 0) == ["audio 0", "audio 1", "text", "audio 2", "audio 3"]
+
+
+def test_what_a_turn_has_taken_along_is_not_kept() -> None:
+    call = state()
+    call.connected(ready())
+    call.audio(PIECE * 2)
+    call.commit(None, {})
+    call.audio(PIECE)
+    call.received(received(2))
+    call.received(pb.ConverseResponse(event=started()))
+    assert again(call, 2) == ["audio 2"]
+    with pytest.raises(NotFoundError, match="begin another call"):
+        again(call, 1)
+
+
+def test_what_was_cleared_is_not_kept() -> None:
+    call = state()
+    call.connected(ready())
+    call.audio(PIECE)
+    call.clear()
+    call.audio(PIECE)
+    call.received(received(1))
+    assert again(call, 1) == ["audio 1"]
 
 
 def test_only_a_connection_takes_what_is_sent() -> None:

@@ -5,13 +5,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from kimia.client import AsyncKimia
 from kimia.runtime.fake import FakeTiming
 from kimia.streams import keys
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.conversation_pb2 import TurnOptions
 from tests.client.proxy import Proxy
-from tests.orchestrator.world import World, indices, kinds, pcm_of, speaks, text_of
+from tests.client.scripted import FAST
+from tests.orchestrator.world import World, indices, kinds, pcm_of, sound, speaks, text_of
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(120)]
 
@@ -147,6 +149,40 @@ async def test_sound_that_was_acknowledged_and_lost_is_written_again(stores):
                 await call.speak(pieces, salt)
             undisturbed = said(await call.answer(options=SEEDED))
     assert answer == undisturbed
+
+
+async def test_sound_is_sent_again_by_the_client_when_its_orchestrator_dies_with_the_journal(stores):
+    """Nobody but the client has what was acknowledged and lost."""
+    master = stores.new().start()
+    replica = stores.replica(master)
+    pieces = [sound(1, salt=at) for at in range(12)]
+    async with service(master.address) as (world, line):
+        dying, other = world.hosts[0], await world.host()
+        async with Proxy(dying.target) as way, AsyncKimia(way.address, options=FAST) as kimia:
+            async with kimia.converse(seed=7) as call:
+                await acknowledged(call, pieces[:5])
+                replica.say("REPLICAOF", "NO", "ONE")
+                await acknowledged(call, pieces[5:10])
+                await dying.desk.turns.copies.aclose()  # it writes nothing again
+                await line.cut(replica.address)
+                await way.cut(other.target)
+                await acknowledged(call, pieces[10:])
+                call.commit()
+                disturbed = await call.answer()
+                session = await kimia.session(call.session_id)
+            async with kimia.converse(seed=7) as call:
+                await acknowledged(call, pieces)
+                call.commit()
+                undisturbed = await call.answer()
+    assert session.next_audio_index == 12
+    assert (disturbed.text, disturbed.pcm) == (undisturbed.text, undisturbed.pcm)
+
+
+async def acknowledged(call, pieces):
+    """The client's sound is said to be stored."""
+    for piece in pieces:
+        call.send_audio(piece)
+    await until(lambda: call.state._said and all(said.confirmed for said in call.state._said))
 
 
 async def test_what_was_deleted_stays_deleted(stores):
