@@ -20,7 +20,7 @@ Argument: TypeAlias = str | bytes | int | float
 Call: TypeAlias = tuple[Sequence[str], Sequence[Argument]]  # keys, arguments
 
 # Scripts that end or free something, or say that it lives: they run also when the server's memory is full.
-FREEING = frozenset({"delete", "finish", "heartbeat", "leave", "ledger_renew", "release"})
+FREEING = frozenset({"delete", "drop", "finish", "heartbeat", "leave", "ledger_renew", "release"})
 
 
 @dataclass(frozen=True)
