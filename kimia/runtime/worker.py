@@ -71,7 +71,7 @@ class Worker:
         """Work until drained. Cancelled, it stops at once and gives nothing back: so it is when a process dies."""
         async with self._inbox:
             await self._patience.reach(self._jobs.prepare)
-            steps = ((self._claim, 0.0), (self._recover, self._lease / 2), (self._announce, self._lease))
+            steps = ((self._claim, 0.0), (self._recover, self._lease / 4), (self._announce, self._lease))
             self._fronts = [asyncio.create_task(self._repeat(*step)) for step in steps]
             beating = asyncio.create_task(self._beat())
             try:
