@@ -45,12 +45,12 @@ def sentinels(url: str) -> Sentinels | None:
         )
     if parts.scheme != SENTINEL:
         if parts.scheme not in DIRECT or not (parts.netloc or parts.path):
-            raise SettingsError(f"is no Redis URL; use {FORMS}")
+            raise SettingsError(f"this is no Redis URL; use {FORMS}")
         return None
     service, _, database = parts.path.strip("/").partition("/")
     credentials, at, hosts = parts.netloc.rpartition("@")
     if not service or not hosts or (database and not database.isdecimal()):
-        raise SettingsError("is no Sentinel URL; use redis+sentinel://host:port,host:port/service or .../service/db")
+        raise SettingsError("this is no Sentinel URL; use redis+sentinel://host:port,host:port/service or .../service/db")
     username, _, password = credentials.partition(":")
     return Sentinels(
         addresses=tuple(_address(host) for host in hosts.split(",")),
@@ -65,7 +65,7 @@ def _split(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError as error:  # brackets that do not match
-        raise SettingsError(f"is no Redis URL; use {FORMS}") from error
+        raise SettingsError(f"this is no Redis URL; use {FORMS}") from error
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -95,7 +95,7 @@ def _pool(url: str) -> Any:
     try:
         pool = _Pool.from_url(url, **_OPTIONS, retry=_DROPPED)
     except ValueError as error:
-        raise SettingsError(f"is no Redis URL ({error}); use redis://host:port/db") from error
+        raise SettingsError(f"this is no Redis URL ({error}); use redis://host:port/db") from error
     pool.connection_class = type("_Connection", (_LeavesReplicas, pool.connection_class), {})
     return pool
 
