@@ -7,8 +7,10 @@ import redis
 from redis.exceptions import NoScriptError, ResponseError
 
 from kimia.errors import SettingsError, UnavailableError
+from kimia.stage import LLM
 from kimia.streams import connections
 from kimia.streams.connections import blocking, connected, reached
+from kimia.streams.jobs import Jobs
 from kimia.streams.wire import Wire
 from tests.client.proxy import Proxy
 
@@ -52,6 +54,17 @@ def test_failures_of_the_connection_are_wrapped_and_mistakes_are_not():
         raise redis.ConnectionError("refused")
     with pytest.raises(NoScriptError), reached("journal"):
         raise NoScriptError("not a failure of the connection")
+
+
+async def test_scripts_hide_nothing_of_what_the_server_refuses(stores):
+    store = stores.new().start()
+    wire = await Wire.connect(store.url)
+    store.say("REPLICAOF", "127.0.0.1", 1)
+    jobs = Jobs(wire, LLM, "w")
+    for call in (jobs.prepare, lambda: jobs.sweep(1), lambda: jobs.recover(1)):
+        with pytest.raises(UnavailableError, match="takes no writes"):
+            await call()
+    await wire.aclose()
 
 
 async def test_a_name_that_leads_to_another_server_is_followed_when_the_old_one_takes_no_writes(stores):
