@@ -51,7 +51,7 @@ def sentinels(url: str) -> Sentinels | None:
     credentials, at, hosts = parts.netloc.rpartition("@")
     if not service or not hosts or (database and not database.isdecimal()):
         raise SettingsError(
-            "this is no Sentinel URL; use redis+sentinel://host:port,host:port/service or .../service/db"
+            "this is no Sentinel URL; use redis+sentinel://host:port,host:port/service/db"
         )
     username, _, password = credentials.partition(":")
     return Sentinels(
