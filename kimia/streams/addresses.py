@@ -50,9 +50,7 @@ def sentinels(url: str) -> Sentinels | None:
     service, _, database = parts.path.strip("/").partition("/")
     credentials, at, hosts = parts.netloc.rpartition("@")
     if not service or not hosts or (database and not database.isdecimal()):
-        raise SettingsError(
-            "this is no Sentinel URL; use redis+sentinel://host:port,host:port/service/db"
-        )
+        raise SettingsError("this is no Sentinel URL; use redis+sentinel://host:port,host:port/service/db")
     username, _, password = credentials.partition(":")
     return Sentinels(
         addresses=tuple(_address(host) for host in hosts.split(",")),
