@@ -26,7 +26,7 @@ from tests.orchestrator.world import Host
 ROWS = 3  # of a worker: no worker has room for all callers
 # A turn may be claimed as often as a schedule has faults and a busy machine has stalls: giving up is tried elsewhere.
 OPTIONS = WireOptions(lease=LEASE, max_deliveries=20)
-TIMING = FakeTiming(clip_seconds=0.05, prefill_seconds=0.02, step_seconds=0.004, realtime_factor=0.01, steps=60)
+TIMING = FakeTiming(clip_seconds=0.05, prefill_seconds=0.02, step_seconds=0.004, realtime_factor=0.01, steps=44)
 WINDOW = 1.5  # seconds that a reservation outlives its client
 IN_TURN = replace(PATIENT, channel=(("grpc.lb_policy_name", "round_robin"),))  # one orchestrator after the other
 ABSENCE = 0.2  # seconds from the death of a worker to the next one in its place
