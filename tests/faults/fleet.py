@@ -68,7 +68,7 @@ class Fleet:
         self._url = url
         self._faults = faults
         self._lives: dict[str, int] = {}
-        self._running: dict[str, tuple[Wire, asyncio.Task[None]]] = {}
+        self._running: list[tuple[Wire, asyncio.Task[None]]] = []  # the dead too: they stand still until the end
         self._successions: set[asyncio.Task[None]] = set()
         self._targets: list[str] = []
 
@@ -106,7 +106,7 @@ class Fleet:
         wire = await wire_of(injector).connect(self._url, options=OPTIONS)
         stage, consumer = build(name, TIMING), f"{place}-{self._lives[place]}"
         worker = Worker(stage, wire, Rows(ROWS), consumer, "weights")
-        self._running[place] = wire, asyncio.create_task(worker.run())
+        self._running.append((wire, asyncio.create_task(worker.run())))
 
     def _succeed(self, place: str) -> None:
         task = asyncio.create_task(self._successor(place))
@@ -114,20 +114,15 @@ class Fleet:
         task.add_done_callback(self._successions.discard)
 
     async def _successor(self, place: str) -> None:
-        await self._stop(place)
         await asyncio.sleep(ABSENCE)
         await self._start(place)
 
-    async def _stop(self, place: str) -> None:
-        wire, task = self._running.pop(place)
-        task.cancel()  # once: a second time would break off its own ending
-        await asyncio.gather(task, return_exceptions=True)
-        await wire.aclose()
-
     async def _end_workers(self) -> None:
         await asyncio.gather(*self._successions)
-        for place in list(self._running):
-            await self._stop(place)
+        for wire, task in self._running:
+            task.cancel()  # once: a second time would break off its own ending
+            await asyncio.gather(task, return_exceptions=True)
+            await wire.aclose()
 
     async def _host(self, place: str, stack: AsyncExitStack) -> None:
         injector = self._injector(place, Task())
@@ -137,8 +132,3 @@ class Fleet:
             host = Host(wire, place, WINDOW, Limits(), Settings(listen="127.0.0.1:0"))
         await stack.enter_async_context(host.running())
         self._targets.append(host.target)
-
-
-def in_turn():  # type: ignore[no-untyped-def]
-    """A patient client that goes to one orchestrator after the other."""
-    return replace(PATIENT, channel=(("grpc.lb_policy_name", "round_robin"),))

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from structlog.processors import format_exc_info
 from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from kimia.client import AsyncKimia
 from kimia.stage import STAGES
@@ -78,16 +79,15 @@ def check(kind: Kind, seed: int, valkey_url: str, expected: Mapping[Question, He
 def _as_tasks(faults: tuple[Fault, ...], url: str) -> Run:
     with ground_at(url) as ground, capture_logs([format_exc_info]) as lines:
         ground.redis.flushall()
-        run = asyncio.run(_fleet_run(faults, ground, url))
-    wrong = [line for line in lines if line["log_level"] in ("error", "critical")]
-    demand(not wrong, "logged as errors:", wrong)
-    return run
+        return asyncio.run(_fleet_run(faults, ground, url, lines))
 
 
-async def _fleet_run(faults: tuple[Fault, ...], ground: Ground, url: str) -> Run:
+async def _fleet_run(faults: tuple[Fault, ...], ground: Ground, url: str, lines: Sequence[EventDict]) -> Run:
     fleet = Fleet(url, faults)
     async with asyncio.timeout(SECONDS), fleet.running() as kimia:
         run = await _asked(kimia, ground, url)
+        wrong = [line for line in lines if line["log_level"] in ("error", "critical")]
+        demand(not wrong, "logged as errors:", wrong)
     run.fired = [str(fault) for fault in fleet.fired]
     return run
 
