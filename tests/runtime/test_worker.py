@@ -12,6 +12,8 @@ from kimia.model.schedule import LOW_LATENCY
 from kimia.runtime.attempt import Attempt
 from kimia.runtime.fake import DELAY, FakeDetokenizer, FakeLanguageModel, FakeTiming, FakeTokenizer, build
 from kimia.runtime.pacing import sound_seconds
+from kimia.runtime.rows import Rows
+from kimia.runtime.worker import Worker
 from kimia.stage import CODE_SECONDS, LLM
 from kimia.streams import keys
 from kimia.streams.journal import Playback
@@ -19,7 +21,19 @@ from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.conversation_pb2 import Message, Spoken
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Chunk
-from tests.runtime.workers import ROUTE, House, computed, content, eventually, heard, input_log, new_turn, sound
+from tests.client.proxy import Proxy
+from tests.runtime.workers import (
+    ROUTE,
+    SECONDS,
+    House,
+    computed,
+    content,
+    eventually,
+    heard,
+    input_log,
+    new_turn,
+    sound,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -730,3 +744,33 @@ async def test_without_a_blob_store_features_travel_in_the_log(house, monkeypatc
     assert (await house.ended(turn.id)).state == "done"
     assert all(c.encoded.features for c in await house.journal.read(turn.id, "encoded"))
     assert await house.logs(turn.id) == await computed(turn, given, QUICK)
+
+
+async def test_a_worker_whose_network_is_cut_in_a_turn_is_fenced_and_serves_again_when_it_is_back(house, valkey_url):
+    """Its connections are black holes, and new ones are refused, until another worker has ended its turn."""
+    address = valkey_url.removeprefix("redis://").removesuffix("/0")
+    timing = FakeTiming(steps=150, step_seconds=0.01)
+    async with Proxy(address) as proxy:
+        wire = await Wire.connect(f"redis://{proxy.address}/0", options=WireOptions(lease=LEASE))
+        cut = Worker(FakeLanguageModel(timing), wire, Rows(1), "cut", "weights")
+        running = asyncio.create_task(cut.run())
+        turn = new_turn(route=[LLM])
+        await house.ask(turn)
+        await house.until(turn.id, "tokens", 5)
+        proxy.silence("127.0.0.1:1")
+        other = house.start(FakeLanguageModel(timing))
+        assert (await house.ended(turn.id)).state == "done"
+        assert await house.logs(turn.id) == await computed(turn, [], timing)
+        await house.kill(other)
+        proxy.target = address
+        later = new_turn(route=[LLM])
+        await house.ask(later)
+        async with asyncio.timeout(4 * SECONDS):
+            while (head := await house.journal.head(later.id)).state != "done":
+                await asyncio.sleep(0.05)
+        assert head.stages["llm"].consumer == "cut"
+        assert (await house.journal.head(turn.id)).stages["llm"].consumer == other.consumer
+        assert await house.logs(turn.id) == await computed(turn, [], timing)
+        await cut.drain(0)
+        await running
+        await wire.aclose()
