@@ -31,11 +31,12 @@ T = TypeVar("T")
 UNNOTICED = 0.05  # seconds until who asked gives up on what was lost
 
 SCRIPTS: dict[str, Boundary] = {
-    **dict.fromkeys(("publish", "open", "append", "submit", "save", "reader"), "publish"),
+    **dict.fromkeys(("publish", "open", "append", "submit", "save", "reader", "restore", "playback"), "publish"),
     **dict.fromkeys(("take", "recover", "claim"), "claim"),
     "heartbeat": "heartbeat",
-    **dict.fromkeys(("finish", "release", "rewind"), "ack"),
+    **dict.fromkeys(("finish", "release", "rewind", "drop"), "ack"),
 }
+ASIDE = ("delete", "depth", "join", "leave")  # and the ledger: no part of a turn
 READS = ("XRANGE", "XREVRANGE", "XREAD", "HGETALL", "HMGET", "GET", "MGET", "GETEX")
 FINAL = 7  # where `publish` says in its arguments that the chunk is the final one, which acknowledges the job
 REFUSALS = (  # by the passage, so that a schedule stays a pure function of its seed

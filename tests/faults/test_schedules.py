@@ -6,8 +6,10 @@ import pytest
 
 from kimia.client import requests
 from kimia.client.progress import TurnProgress
+from kimia.streams.wire import script_names
 from kimia.v1 import kimi_audio_pb2 as pb
 from tests.faults.explore import asked
+from tests.faults.injection import ASIDE, SCRIPTS
 from tests.faults.schedule import CALLS, LIVES, draw
 from tests.faults.schedules import check, run_many, undisturbed
 
@@ -29,6 +31,11 @@ def test_schedules_reach_every_boundary_with_every_action():
     for action in CALLS:
         assert {fault.boundary for fault in drawn if fault.action == action} == wanted
     assert all(any(fault.action in LIVES for fault in draw("processes", seed)) for seed in range(PROCESSES))
+
+
+@pytest.mark.unit
+def test_every_script_of_a_turn_passes_a_boundary():
+    assert {name for name in script_names() if not name.startswith("ledger_")} == {*SCRIPTS, *ASIDE}
 
 
 @pytest.mark.unit
