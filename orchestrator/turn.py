@@ -355,8 +355,8 @@ class Turns:
     async def settle(self, head: Head, heard_ms: int | None = None, tokens: Sequence[Chunk] | None = None) -> Settled:
         """Take a turn that has ended into its session's conversation, once.
 
-        `heard_ms` cuts the answer; without it a cancelled turn is cut to what the session's record says. `tokens` is
-        the whole log, where it was read already.
+        `heard_ms` cuts the answer; without it a cancelled turn is cut to what its caller is known to have heard.
+        `tokens` is the whole log, where it was read already.
         """
         turn_id = head.turn.id
         encoded: list[Chunk] = []
@@ -408,7 +408,7 @@ def _take_in(
 ) -> int:
     """Settle a turn in its session's record; the codes of the answer that are remembered."""
     if head.state == "cancelled" and heard_ms is None:
-        heard_ms = record.heard_ms
+        heard_ms = max(record.heard_ms, head.heard_ms)
     answer = answer_of(tokens, None if heard_ms is None else codes_heard(heard_ms))
     if record.running_turn_id != head.turn.id:  # somebody else has settled it
         return cut_answer(record, head.turn.id, None if heard_ms is None else answer)

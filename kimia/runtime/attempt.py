@@ -179,8 +179,20 @@ class Attempt:
             await close(ready)
             await close(chunks)
             await close(inbox)
-            await outlet.close(self._gone or (self.outcome or self._verdict) in TERMINAL)
+            await outlet.close(await self._is_over())
         raise InternalError(f"the {self.claim.kind.name} stage ended without a final chunk; see its worker's log")
+
+    async def _is_over(self) -> bool:
+        """Whether nobody goes on with the turn. A claim may be lost because the whole turn is gone."""
+        ended = self.outcome or self._verdict
+        if self._gone or ended != LOST:
+            return self._gone or ended in TERMINAL
+        try:
+            return (await self._bench.inbox.journal.head(self.claim.turn.id)).over
+        except NotFoundError:
+            return True
+        except UnavailableError:
+            return False
 
     # ---- what the stage reads ----
 

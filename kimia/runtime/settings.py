@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     )
     blob_url: str = Field("", repr=False, description="Blobs, which may be lost. Empty: the journal's server")
     partitions: int = Field(1, ge=1, le=1024, description="Partitions of sessions; the same in every process, for good")
-    lease_seconds: float = Field(2.0, gt=0, description="Silence of a worker after which others take its turns over")
+    lease_seconds: float = Field(1.6, gt=0, description="Silence of a worker after which others take its turns over")
     turn_ttl_seconds: float = Field(900.0, gt=0, description="Life of a turn's keys after its last write")
     session_ttl_seconds: float = Field(3600.0, gt=0, description="Life of a session after its last turn")
     blob_ttl_seconds: float = Field(900.0, gt=0, description="Life of a blob after its last use")

@@ -59,6 +59,7 @@ class Head:
     next: Mapping[Log, int]
     reader: str
     reader_token: int
+    heard_ms: int  # milliseconds of speech that its caller is known to have heard
 
     @property
     def over(self) -> bool:
@@ -345,6 +346,7 @@ def parse_head(fields: Mapping[bytes, bytes]) -> Head:
         next={log: number(f"{log}:next") for log in keys.LOGS},
         reader=word("reader"),
         reader_token=number("reader_token"),
+        heard_ms=number("heard"),
     )
 
 

@@ -31,7 +31,7 @@ class WireOptions:
     turn_ttl: float = 900.0  # a turn is forgotten so long after its last write
     session_ttl: float = 3600.0  # a session is forgotten so long after its last turn
     blob_ttl: float = 900.0
-    lease: float = 2.0  # without a heartbeat for so long, a claim may be taken over
+    lease: float = 1.6  # without a heartbeat for so long, a claim may be taken over
     max_deliveries: int = 3  # claims without a new chunk before a turn is given up
     batch_patience: float = 10.0  # before a batch turn passes interactive ones: three stages of it fit any deadline
     lead: float = 4.0  # speech that is kept ahead of what the caller has heard

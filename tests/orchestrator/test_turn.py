@@ -2,6 +2,7 @@ import pytest
 
 from kimia.errors import StateError
 from kimia.model.philox import SEED_LIMIT
+from kimia.streams.journal import Playback
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, ROLE_ASSISTANT, Message, Spoken, Text, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
@@ -127,6 +128,20 @@ async def test_a_turn_is_settled_once(turns, world):
     for _ in range(2):
         await turns.settle(head)
     assert len((await turns.records.load("s", "t")).messages) == 2
+
+
+async def test_whoever_settles_a_cancelled_turn_knows_what_was_heard(turns, world):
+    await turns.records.begin("s", CALLER)
+    turn = await turns.start(await turns.open("s", CALLER), wanted(options=TurnOptions(output_type=OUTPUT_TYPE_BOTH)))
+
+    async def spoken():
+        return len(await world.journal.read(turn.id, "tokens")) > 20
+
+    await world.until_async(spoken)
+    await world.journal.note_playback(turn.id, Playback(heard=0.48, age=0.0))
+    await world.journal.cancel(turn.id)  # by an orchestrator that died before it settled the turn
+    record = await turns.refreshed("s", "t")
+    assert len(record.messages[-1].spoken.clip.codes) == 6
 
 
 async def test_a_turn_taken_over_is_written_by_one_only(turns, world):

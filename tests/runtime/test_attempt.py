@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from kimia.errors import UnavailableError
+from kimia.errors import NotFoundError, UnavailableError
 from kimia.runtime.attempt import HANDED_OVER, LOST, RETRIED, Attempt, Bench
 from kimia.runtime.fake import DELAY, FakeLanguageModel, FakeTiming
 from kimia.runtime.rows import Row, Rows
@@ -52,6 +52,9 @@ class Journal:
 
     async def read(self, turn_id, log):
         return list(self.log)
+
+    async def head(self, turn_id):
+        raise NotFoundError(f"no turn {turn_id}")
 
     async def publish(self, claim, chunk):
         self.sent.append(chunk.index)
