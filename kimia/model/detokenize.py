@@ -27,6 +27,7 @@ from kimia.model.chunking import Push, pushes
 from kimia.model.crossfade import Tail
 from kimia.model.dit import Chunk, DiT, Prefix, load_dit
 from kimia.model.flow import commit, solve, time_grid
+from kimia.model.flow_engine import Solving
 from kimia.model.presets import Preset
 
 UPSAMPLE = 4  # mel frames per token: 12.5 Hz repeated to 50 Hz; a constant of the release's code, in no config
@@ -127,6 +128,18 @@ class _State:
     finished: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A push that waits for its chunk to be solved."""
+
+    state: _State
+    heard: _Heard
+    solving: Solving | None  # None: nothing is left to solve
+    left: tuple[int, ...]  # look-ahead for the next push
+    tokens: int  # solved
+    final: bool
+
+
 @dataclass(frozen=True)
 class _Part:
     """One push that was made elsewhere."""
@@ -167,25 +180,44 @@ class Synthesis:
         A final push may be empty and brings out everything held back. Raises ParameterError for an illegal id, a
         non-final push that its look-ahead uses up, or a push after the final one; the state then stays as it was.
         """
+        begun = self.begin(tokens, final)
+        if begun.solving is not None:
+            self._solve(begun.solving)
+        return self.finish(begun)
+
+    @torch.inference_mode()
+    def begin(self, tokens: Sequence[int], final: bool = False) -> Begun:
+        """The first part of a push: what is to be solved. The state stays as it is. Raises ParameterError."""
         state = self._state
         fresh = self._checked(tokens)
         self._check_push(len(fresh), final)
         ids = state.left + fresh
-        if not ids and state.tail is None:
-            self._state = replace(state, finished=True)
-            return torch.empty(0)
         heard = self._placed(state.heard, len(ids))
         kept = len(ids) if final else len(ids) - self.preset.look_ahead
-        x, after = self._synthesise(ids, kept, heard, final)
+        solving = self._solving(ids, kept, heard, final) if ids else None
+        return Begun(state, heard, solving, left=ids[kept:], tokens=len(ids), final=final)
+
+    @torch.inference_mode()
+    def finish(self, begun: Begun) -> Tensor:
+        """The last part of a push, when its chunk is solved: the samples. Raises ParameterError if it is not."""
+        state, solving, final = begun.state, begun.solving, begun.final
+        if state is not self._state or not (solving is None or solving.done):
+            raise ParameterError("a push ends when its chunk is solved, and before the next one ends")
+        if solving is None and state.tail is None:
+            self._state = replace(state, finished=True)
+            return torch.empty(0)
+        dit = self.detokenizer.dit
+        x = torch.empty(0, dit.config.mel_bins, device=dit.device) if solving is None else solving.x[0]
         mel = self._denormalised(x)
         pcm, tail = self.preset.seam.join(self._vocode, mel, state.tail, final)
         pcm = pcm.cpu()
-        following = replace(state, heard=after, left=ids[kept:], tail=tail, chunks=state.chunks + 1, finished=final)
+        silence = _Heard(dit.empty_prefix(), 0)
+        after = silence if final or solving is None else self._after(begun.heard, solving.chunk)
         self.report = Report(
             mel=mel.cpu(),
             committed=None if final or not self.preset.look_ahead else x.cpu(),
-            start_position=heard.position,
-            frames_in=len(ids) * self.detokenizer.upsample,
+            start_position=begun.heard.position,
+            frames_in=begun.tokens * self.detokenizer.upsample,
             frames_committed=mel.shape[0],
             kv_frames_after=after.prefix.frames,
             next_start_position=after.position,
@@ -193,7 +225,7 @@ class Synthesis:
             held_samples=0 if tail is None else tail.wave.shape[0],
             held_mel_frames=0 if tail is None else tail.mel.shape[0],
         )
-        self._state = following
+        self._state = replace(state, heard=after, left=begun.left, tail=tail, chunks=state.chunks + 1, finished=final)
         return pcm
 
     def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -218,25 +250,29 @@ class Synthesis:
                 "wait for more, or push them as final"
             )
 
-    def _synthesise(self, ids: tuple[int, ...], kept: int, heard: _Heard, final: bool) -> tuple[Tensor, _Heard]:
-        """Solve the ids, commit the first `kept`: their normalised mel (T, M), and what is heard from now on."""
-        dit, config = self.detokenizer.dit, self.detokenizer.dit.config
-        silence = _Heard(dit.empty_prefix(), 0)
-        if not ids:  # a final push that only brings out what the seam holds
-            return torch.empty(0, config.mel_bins, device=dit.device), silence
-        shape = (len(ids) * self.detokenizer.upsample, config.mel_bins)
-        chunk = self._chunk(ids, self.detokenizer.upsample, heard)
+    def _solving(self, ids: tuple[int, ...], kept: int, heard: _Heard, final: bool) -> Solving:
+        """The ids behind what is heard, from the noise of this chunk."""
+        dit = self.detokenizer.dit
+        shape = (len(ids) * self.detokenizer.upsample, dit.config.mel_bins)
         noise = self._noise(self._state.chunks, shape)
         if tuple(noise.shape) != shape:
             raise ParameterError(f"the noise of a chunk must have the shape {shape}, got {tuple(noise.shape)}")
-        x = solve(dit, noise.to(dit.device, torch.float32)[None], chunk, self._grid)
-        x = x[:, : kept * self.detokenizer.upsample]
-        if final:
-            return x[0], silence
-        if self.preset.look_ahead:  # without look-ahead the release keeps what its last ODE step has left behind
-            commit(dit, x, chunk.head(kept))
-        after = self._advanced(heard, chunk, x.shape[1])
-        return x[0], self._state.prompt if self._exhausted(after.position, x.shape[1]) else after
+        chunk = self._chunk(ids, self.detokenizer.upsample, heard)
+        # Without look-ahead the release keeps what its last ODE step has left behind.
+        commits = not final and self.preset.look_ahead > 0
+        return Solving(chunk, noise.to(dit.device, torch.float32)[None], self._grid, kept, commits)
+
+    def _solve(self, solving: Solving) -> None:
+        """The plain twin of FlowEngine: one chunk from its beginning to its end."""
+        solving.settle(solve(self.detokenizer.dit, solving.x, solving.chunk, solving.grid))
+        if solving.commits:
+            commit(self.detokenizer.dit, solving.x, solving.chunk)
+            solving.done = True
+
+    def _after(self, heard: _Heard, kept: Chunk) -> _Heard:
+        """What is heard behind the tokens that a chunk keeps."""
+        after = self._advanced(heard, kept, kept.frames)
+        return self._state.prompt if self._exhausted(after.position, kept.frames) else after
 
     def _denormalised(self, x: Tensor) -> Tensor:
         config = self.detokenizer.dit.config

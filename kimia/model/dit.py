@@ -10,6 +10,7 @@ Shapes: B batch, n tokens, r repeat, T = n * r frames, P prefix frames, M mel bi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -81,10 +82,22 @@ class Chunk:
             device=self.tokens.device,
         )
 
+    @property
+    def frames(self) -> int:
+        """Mel frames of the chunk itself: T."""
+        return self.tokens.shape[1] * self.repeat
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write a layer's keys and values at the end of its cache and attend; each (B, H, T, d)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[:, :, -k.shape[2] :] = k
+        values[:, :, -v.shape[2] :] = v
+        return attention(q, keys, values, self.visible)
+
     def head(self, count: int) -> Chunk:
         """Its first `count` tokens; the cache is shared."""
         frames = count * self.repeat
-        start = self.cache.frames - self.tokens.shape[1] * self.repeat
+        start = self.cache.frames - self.frames
         return replace(
             self,
             tokens=self.tokens[:, :count],
@@ -92,6 +105,30 @@ class Chunk:
             position=None if self.position is None else self.position[:frames],
             cache=self.cache.span(0, start + frames),
         )
+
+
+class Packed:
+    """Chunks of several conversations behind one another in one row of frames, each with its own prefix.
+
+    Everything but attention works frame by frame, so that no frame is padding; attention runs once per chunk. The
+    chunks have one batch row each, and the same `repeat`.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self.repeat = chunks[0].repeat
+        self.frames = [chunk.frames for chunk in chunks]
+        self.tokens = torch.cat([chunk.tokens for chunk in chunks], 1)  # (1, n, D)
+        rotations = [chunk.rotation for chunk in chunks if chunk.rotation is not None]
+        positions = [chunk.position for chunk in chunks if chunk.position is not None]
+        cosines, sines = zip(*rotations, strict=True) if rotations else ((), ())
+        self.rotation = (torch.cat(cosines), torch.cat(sines)) if rotations else None
+        self.position = torch.cat(positions) if positions else None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As Chunk.attend, of all chunks: (1, H, T, d) with T frames of all."""
+        parts = zip(self.chunks, *(torch.split(heads, self.frames, 2) for heads in (q, k, v)), strict=True)
+        return torch.cat([chunk.attend(layer, *part) for chunk, *part in parts], 2)
 
 
 # ---- time and positions -----------------------------------------------------------------------------------------
@@ -172,16 +209,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D); writes the chunk's rows at the end of keys and values (B, H, P + T, d)."""
-        frames = x.shape[1]
+    def forward(self, x: Tensor, chunk: Chunk | Packed, layer: int) -> Tensor:
+        """(B, T, D) -> (B, T, D); writes the chunk's keys and values of this layer."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
         if chunk.rotation is not None:
             q, k = rotate(q, chunk.rotation), rotate(k, chunk.rotation)
-        keys[:, :, -frames:] = k
-        values[:, :, -frames:] = v
-        heard = attention(q, keys, values, chunk.visible)
-        return self.proj(heard.transpose(1, 2).flatten(2))
+        return self.proj(chunk.attend(layer, q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -210,11 +243,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
 
-    def forward(self, h: Tensor, condition: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, h: Tensor, condition: Tensor, chunk: Chunk | Packed, layer: int) -> Tensor:
         """h (B, n, r, D), condition (B, n, 1, D) -> (B, n, r, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         frames = _modulated(h, shift1, scale1).flatten(1, 2)  # (B, T, D)
-        h = h + gate1 * self.attn(frames, chunk, keys, values).view_as(h)
+        h = h + gate1 * self.attn(frames, chunk, layer).view_as(h)
         return h + gate2 * self.mlp(_modulated(h, shift2, scale2))
 
 
@@ -287,8 +320,8 @@ class DiT(nn.Module):
             cache=prefix.with_room(frames),
         )
 
-    def forward(self, x: Tensor, time: Tensor, chunk: Chunk) -> Tensor:
-        """Velocity at x (B, T, M), time embedding (B or 1, D). -> (B, T, M)
+    def forward(self, x: Tensor, time: Tensor, chunk: Chunk | Packed) -> Tensor:
+        """Velocity at x (B, T, M), time embedding (B or 1, D), or (1, n, D) of each token. -> (B, T, M)
 
         The chunk's keys and values of every layer are written at the end of `chunk.cache`.
         """
@@ -296,9 +329,10 @@ class DiT(nn.Module):
         if chunk.position is not None:
             h = h + chunk.position
         h = h.unflatten(1, (-1, chunk.repeat))  # (B, n, r, D)
-        condition = (time[:, None] + chunk.tokens)[:, :, None]  # (B, n, 1, D)
-        for block, keys, values in zip(self.blocks, chunk.cache.keys, chunk.cache.values, strict=True):
-            h = block(h, condition, chunk, keys, values)
+        time = time if time.dim() == 3 else time[:, None]
+        condition = (time + chunk.tokens)[:, :, None]  # (B, n, 1, D)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, condition, chunk, layer)
         return self.final_layer(h, condition).flatten(1, 2)
 
 

@@ -1,12 +1,14 @@
 """The detokenizer stage: semantic tokens in, speech out, chunk by chunk as the preset cuts it.
 
-A chunk is synthesised as soon as its last code has come, one at a time, so the turns of a process interleave chunk by
-chunk. Chunk n of the log is push n of the preset. Speech is signed 16-bit at the model's rate; beside it lies the mel
-that the chunk committed, from which another worker can go on (`Synthesis.restore`).
+A chunk is synthesised as soon as its last code has come, beside those of other turns, and the sooner the sooner its
+caller's buffer ends (`services.detokenizer.scheduler`). Chunk n of the log is push n of the preset. Speech is signed
+16-bit at the model's rate; beside it lies the mel that the chunk committed, from which another worker can go on
+(`Synthesis.restore`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import takewhile
 
@@ -21,6 +23,7 @@ from kimia.runtime.settings import Settings
 from kimia.sound import to_s16
 from kimia.stage import DETOKENIZER, StageKind
 from kimia.v1.turn_pb2 import FEATURE_TYPE_F32, Chunk, Speech, StageReport, Step, Turn
+from services.detokenizer.scheduler import Scheduler
 
 WARM_UP_CODES = 16  # a push and a flush
 
@@ -30,15 +33,19 @@ class DetokenizerStage:
 
     kind: StageKind = DETOKENIZER
 
-    def __init__(self, detokenizer: Detokenizer, compute: ComputeThread) -> None:
+    def __init__(self, detokenizer: Detokenizer, compute: ComputeThread, vocoder: ComputeThread) -> None:
+        """`compute` solves, `vocoder` makes sound of what is solved."""
         self.detokenizer = detokenizer
         self.compute = compute
+        self.vocoder = vocoder
+        self._scheduler = Scheduler(detokenizer, compute, vocoder)
 
     @classmethod
     def load(cls, settings: Settings) -> DetokenizerStage:
         """Load the detokenizer of the settings' checkpoint. Raises CheckpointError, ParameterError."""
         place = open_model(settings, detokenizer=True)
-        return cls(Detokenizer.load(place.checkpoint, place.device, place.dtype), ComputeThread(settings.threads))
+        detokenizer = Detokenizer.load(place.checkpoint, place.device, place.dtype)
+        return cls(detokenizer, ComputeThread(settings.threads), ComputeThread(settings.threads))
 
     async def warm_up(self) -> None:
         """Speak for a second."""
@@ -63,6 +70,7 @@ class DetokenizerStage:
         synthesis = self.detokenizer.stream(codes.preset, turn.seed)
         committed = self._committed(published)
         made: list[Push] = []
+        buffer = Buffer(self.detokenizer.sample_rate)
         async for chunk in inbox:
             for push in codes.feed(chunk):
                 index = len(made)
@@ -71,21 +79,23 @@ class DetokenizerStage:
                     await compute.run(synthesis.restore, made, committed)
                 if index < len(committed):
                     continue
-                out = await compute.run(self._spoken, synthesis, push)
+                pcm, seconds = await self._scheduler.push(synthesis, push, buffer.ends)
+                compute.seconds += seconds
+                out = self._spoken(synthesis, push, pcm)
                 out.index = index
                 if push.final:
                     out.final = True
                     out.report.CopyFrom(StageReport(compute_seconds=compute.seconds, units=codes.count))
                 if index >= len(published):
+                    buffer.give(len(pcm))
                     yield out
             if chunk.final:
                 return
         raise cut_off("tokens")
 
-    def _spoken(self, synthesis: Synthesis, push: Push) -> Chunk:
-        """What a push gives out, and the mel it committed."""
-        speech = Speech(sample_rate=self.detokenizer.sample_rate)
-        speech.pcm = to_s16(synthesis.push(push.tokens, push.final).numpy()).tobytes()
+    def _spoken(self, synthesis: Synthesis, push: Push, pcm: Tensor) -> Chunk:
+        """What a push has given out, and the mel it committed."""
+        speech = Speech(sample_rate=self.detokenizer.sample_rate, pcm=to_s16(pcm.numpy()).tobytes())
         report = synthesis.report
         if not push.final and report is not None and report.committed is not None:
             speech.mel = feature_bytes(report.committed)
@@ -96,6 +106,18 @@ class DetokenizerStage:
         bins = self.detokenizer.dit.config.mel_bins
         mels = takewhile(bool, (chunk.speech.mel for chunk in published))
         return [feature_rows(mel, FEATURE_TYPE_F32, bins) for mel in mels]
+
+
+class Buffer:
+    """When a caller who plays what he gets without a pause has no more of it: at once before he got anything."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self._rate = sample_rate
+        self.ends = time.monotonic()
+
+    def give(self, samples: int) -> None:
+        """So many more samples are there."""
+        self.ends = max(self.ends, time.monotonic()) + samples / self._rate
 
 
 class Codes:

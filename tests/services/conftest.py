@@ -18,11 +18,11 @@ def model() -> KimiAudio:
 
 @pytest.fixture(scope="session")
 def stages(model: KimiAudio):
-    compute = [ComputeThread() for _ in range(3)]
+    compute = [ComputeThread() for _ in range(4)]
     yield {
         "tokenizer": TokenizerStage(model.encoder, compute[0]),
         "llm": LanguageModelStage(model.lm, model.tokenizer, compute[1], rows=4),
-        "detokenizer": DetokenizerStage(model.detokenizer, compute[2]),
+        "detokenizer": DetokenizerStage(model.detokenizer, compute[2], compute[3]),
     }
     for thread in compute:
         thread.close()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kimia.errors import ParameterError, StateError
-from kimia.model.flow import solve
+from kimia.model.detokenize import Synthesis
 from kimia.model.presets import PRESETS
 from kimia.runtime.settings import Settings
 from kimia.sound import to_s16
@@ -103,16 +103,18 @@ def without_mels(chunks: list[Chunk], gone: set[int]) -> list[Chunk]:
     return copies
 
 
-def solved(stage: DetokenizerStage, monkeypatch) -> list[int]:
-    """Gets the mel frames of every chunk that is solved from now on."""
-    frames: list[int] = []
+def solved(monkeypatch) -> list[int]:
+    """Gets the tokens of every push that begins from now on."""
+    tokens_of: list[int] = []
+    begin = Synthesis.begin
 
-    def noted(dit, noise, chunk, grid):
-        frames.append(noise.shape[1])
-        return solve(dit, noise, chunk, grid)
+    def noted(synthesis, tokens, final=False):
+        begun = begin(synthesis, tokens, final)
+        tokens_of.append(begun.tokens)
+        return begun
 
-    monkeypatch.setattr("kimia.model.detokenize.solve", noted)
-    return frames
+    monkeypatch.setattr(Synthesis, "begin", noted)
+    return tokens_of
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -122,17 +124,17 @@ async def test_every_interrupted_run_goes_on_as_if_undisturbed(
 ) -> None:
     """From the committed mels as far as they are there; without them by the plain twin, all over again."""
     log = steps(CODES[:45])
-    frames = solved(stage, monkeypatch)
+    begun = solved(monkeypatch)
     whole = without_time(await ran(stage, speech(preset=preset), log))
-    once = list(frames)
+    once = list(begun)
     assert len(whole) > 1
     assert [bool(chunk.speech.mel) for chunk in whole] == [True] * (len(whole) - 1) + [False]
     for given in range(1, len(whole) + 1):
-        frames.clear()
+        begun.clear()
         rest = without_time(await ran(stage, speech(preset=preset), log, without_mels(whole[:given], gone)))
         assert rest == whole[given:]
         known = min([given, *gone])
-        assert frames == ([] if given == len(whole) else once[known:])
+        assert begun == ([] if given == len(whole) else once[known:])
 
 
 async def test_a_mel_of_something_else_ends_the_turn(stage: DetokenizerStage) -> None:
@@ -186,3 +188,4 @@ async def test_loaded_by_settings_and_warmed_up(stage: DetokenizerStage) -> None
     assert without_time(here) == without_time(there)
     assert np.frombuffer(here[0].speech.pcm, "<i2").any()
     loaded.compute.close()
+    loaded.vocoder.close()
