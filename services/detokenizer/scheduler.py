@@ -21,7 +21,8 @@ from kimia.model.detokenize import Begun, Detokenizer, Synthesis
 from kimia.model.flow_engine import FlowEngine
 
 # Mel frames of one evaluation. A GPU reads its weights once for all of them; more than these only take longer. A CPU
-# gains nothing (benchmarks/RESULTS.md): there every chunk is evaluated alone, and its samples stay the same bit by bit.
+# gains a fifth at most, with small models (benchmarks/RESULTS.md): there every chunk is evaluated alone, so that its
+# samples are the same bit by bit, whoever is beside it.
 FRAMES_AT_ONCE = {"cuda": 1024, "cpu": 1}
 
 
