@@ -50,7 +50,6 @@ class Recipe:
     """How the codebook is trained."""
 
     continuous_steps: int  # before quantising begins
-    batch: int = 12
     weights: Weights = Weights()
     decay: float = 0.99  # of the codebook's moving averages
     restart_every: int = 50  # steps

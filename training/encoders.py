@@ -1,30 +1,29 @@
 """The continuous encoder: a small Whisper encoder that learns to hear what Whisper tiny.en hears.
 
-    python -m training.encoders --corpus FOLDER --run FOLDER
+    python -m training.encoders --corpus FOLDER --run FOLDER --checkpoint FOLDER
 
 It sees whole segments, as in use: a sentence and then silence, or several sentences and sound events. Besides the
 teacher's states it must give letters and name the sound of every frame, so that what the language model needs is in
-the features. Only the encoder is shipped; the three heads are thrown away.
+the features. Only the encoder is shipped; the three heads are kept for later runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kimia.model.checkpoint import SINGLE_FILE, Stored
 from kimia.model.config import EncoderConfig, FeatureConfig
-from kimia.model.whisper import WhisperFeatures
-from kimia.model.writing import write_safetensors
-from training.config import trainer_configs
-from training.corpus import GROUPS, Clip, held_out
+from kimia.model.whisper import WhisperFeatures, load_whisper
+from kimia.model.writing import whole_file, write_safetensors
+from training.augment import CALLER, GENTLE
+from training.config import trainer_configs, write_configs
+from training.heads import read_heads, take_over, write_heads
 from training.hearing import (
     EVENTS,
     FRAMES_PER_TOKEN,
@@ -35,12 +34,15 @@ from training.hearing import (
     letters_loss,
 )
 from training.initial import initialise
-from training.loop import Loop, Plan, averaged_weights, fast_products
-from training.scores import CLASSES, error_rate, greedy
-from training.states import taught_clips
+from training.loop import Loop, averaged_weights, fast_products
+from training.options import plan_of, trainer_parser
+from training.scores import CLASSES, ErrorRate, error_rate, greedy
+from training.states import placeless, taught_clips
 from training.teacher import TEACHER_WIDTH
 
 FOLDER = "whisper-large-v3"  # in a checkpoint
+STAGE = "encoder"
+GENTLE_SHARE = 0.25  # of the steps: before callers' pitch and pace are changed too
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class EncoderTraining(nn.Module):
         self.events = nn.Linear(config.d_model, len(EVENTS))
         self.pupil = nn.Linear(config.d_model, TEACHER_WIDTH)
 
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """What is not shipped."""
+        return nn.ModuleDict({"letters": self.letters, "events": self.events, "pupil": self.pupil})
+
     def states(self, mel: Tensor) -> Tensor:
         """Whole segments (B, M, T) -> (B, T / 2, d)."""
         with fast_products():
@@ -83,19 +90,25 @@ class EncoderTraining(nn.Module):
 
 
 @torch.no_grad()
-def judge(training: EncoderTraining, clips: Sequence[Clip]) -> Mapping[str, Any]:
+def judge(training: EncoderTraining, texts: Sequence[str], waves: Sequence[np.ndarray]) -> tuple[ErrorRate, ErrorRate]:
     """Character and word errors read from the features that serving gives (`WhisperFeatures.encode`)."""
     training.eval()
-    texts, read = [], []
-    for clip in clips:
-        features = training.whisper.encode([clip.heard()])[0]  # (N, 4 d)
-        texts.append(clip.item.text)
-        read.append(greedy(training.letters(features.view(-1, features.shape[1] // FRAMES_PER_TOKEN))))
-    return {
-        "characters": error_rate(texts, read, words=False),
-        "words": error_rate(texts, read, words=True),
-        "examples": list(zip(texts, read, strict=True))[:3],
-    }
+    read = [greedy(training.letters(_frames(training, wave))) for wave in waves]
+    return error_rate(texts, read, words=False), error_rate(texts, read, words=True)
+
+
+@torch.no_grad()
+def name_event(training: EncoderTraining, wave: np.ndarray) -> str:
+    """What sounds in a wave (S,) at the hearing rate, one of EVENTS: the likeliest over all frames."""
+    training.eval()
+    likely = training.events(_frames(training, wave)).log_softmax(-1).mean(0)
+    return EVENTS[int(likely.argmax())]
+
+
+def _frames(training: EncoderTraining, wave: np.ndarray) -> Tensor:
+    """The 50 Hz frames (4 N, d) of the features that serving gives."""
+    features = training.whisper.encode([wave])[0]  # (N, 4 d)
+    return features.view(-1, features.shape[1] // FRAMES_PER_TOKEN)
 
 
 def write_encoder(root: Path, training: EncoderTraining) -> None:
@@ -104,29 +117,36 @@ def write_encoder(root: Path, training: EncoderTraining) -> None:
         f"model.encoder.{name}": Stored(tuple(value.shape), "float16", lambda value=value: value)  # type: ignore[misc]
         for name, value in training.whisper.encoder.state_dict().items()
     }
-    write_safetensors(root / FOLDER / SINGLE_FILE, source)  # the release's file has no metadata
+    with whole_file(root / FOLDER / SINGLE_FILE) as partial:
+        write_safetensors(partial, source)  # the release's file has no metadata
+    write_heads(root, STAGE, training.heads)
+
+
+def read_encoder(root: Path, training: EncoderTraining) -> None:
+    """Begin with the weights of a checkpoint folder. Raises CheckpointError or WeightsError."""
+    loaded = load_whisper(root / FOLDER, FRAMES_PER_TOKEN, "cpu", torch.float32)
+    take_over(training.whisper, loaded.state_dict(), str(root / FOLDER))
+    read_heads(root, STAGE, training.heads)
 
 
 def main() -> None:
-    """Train the continuous encoder, then judge it on held-out texts."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    options = parser.parse_args()
+    """Train the continuous encoder."""
+    options = trainer_parser(main.__doc__, steps=6000, batch=2, rate=2e-3).parse_args()
     configs = trainer_configs()
     training = EncoderTraining(configs.whisper, configs.whisper_features)
-    hearing = Hearing(*taught_clips(options.corpus), configs.whisper_features, configs, seed=2)
-    plan = Plan(options.steps, options.rate, seconds=options.seconds)
-    Loop(
-        "encoder", training, lambda step: training.losses(hearing.windows(step, options.batch)), plan, options.run
-    ).run()
+    if options.start is not None:
+        read_encoder(options.start, training)
+    clips, states = taught_clips(options.corpus)
+    hearing = Hearing(clips, placeless(clips, states), configs.whisper_features, configs, seed=2)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        chances = GENTLE if step < GENTLE_SHARE * options.steps else CALLER
+        return training.losses(hearing.windows(step, options.batch, chances))
+
+    Loop(STAGE, training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)
-    for group in GROUPS:
-        print(group, *judge(training, held_out(options.corpus, group, 100)).items(), sep="\n  ", flush=True)
+    write_configs(options.checkpoint)
+    write_encoder(options.checkpoint, training)
 
 
 if __name__ == "__main__":

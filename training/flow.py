@@ -1,6 +1,6 @@
 """The flow-matching model, trained as it is used: chunk after chunk, behind a prefix of what was said before.
 
-    python -m training.flow --corpus FOLDER --tokenizer RUN --run FOLDER
+    python -m training.flow --corpus FOLDER --run FOLDER --checkpoint FOLDER
 
 A clip is cut into chunks as the streaming presets cut it. Each chunk is solved with its look-ahead and the keys and
 values of the chunks before it; then its clean mel is committed at time 999, as after a solve. Some codes are wrong
@@ -11,8 +11,6 @@ Shapes: B clips, n tokens, T = 4 n frames, M mel bins.
 
 from __future__ import annotations
 
-import argparse
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,19 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kimia.model.checkpoint import ARCHIVE, Stored
+from kimia.model.checkpoint import ARCHIVE, VQ_TOKENIZER, Stored
 from kimia.model.config import FlowConfig
-from kimia.model.dit import Chunk, DiT, Prefix, rotary
+from kimia.model.dit import Chunk, DiT, Prefix, load_dit, rotary
 from kimia.model.flow import COMMIT_TIME, TIME_SCALE
 from kimia.model.layout import FLOW_PREFIX
+from kimia.model.vq import load_vq
 from kimia.model.writing import write_torch
-from training.codebook import Recipe as VQRecipe
-from training.config import trainer_configs
+from training.config import trainer_configs, write_configs
 from training.corpus import load_clips
-from training.loop import Loop, Plan, averaged_weights
+from training.heads import take_over
+from training.loop import Loop, averaged_weights
+from training.options import plan_of, trainer_parser
 from training.speaking import FRAMES_PER_TOKEN, Speaking, Spoken
 from training.voices import SPEAKER
-from training.vq import VQTraining
 
 FOLDER = "audio_detokenizer"  # in a checkpoint
 
@@ -43,7 +42,6 @@ FOLDER = "audio_detokenizer"  # in a checkpoint
 class Recipe:
     """How speech is cut and disturbed."""
 
-    batch: int = 8
     commits: tuple[int, int] = (6, 37)  # tokens that a chunk commits, drawn between: both presets' sizes
     look_aheads: tuple[int, ...] = (4, 12)  # of the presets
     wrong_codes: float = 0.04  # share replaced by any code
@@ -168,24 +166,30 @@ def write_flow(root: Path, training: FlowTraining) -> None:
     write_torch(root / FOLDER / ARCHIVE, "state_dict", source)
 
 
+def read_flow(root: Path, training: FlowTraining) -> None:
+    """Begin with the weights of a checkpoint folder. Raises CheckpointError or WeightsError."""
+    loaded = load_dit(root / FOLDER, "cpu", torch.float32)
+    take_over(training.dit, loaded.state_dict(), str(root / FOLDER))
+
+
 def main() -> None:
-    """Train the flow model on the codes of a finished tokenizer."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer's run")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rate", type=float, default=6e-4)
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    options = parser.parse_args()
+    """Train the flow model on the codes of the checkpoint's tokenizer."""
+    options = trainer_parser(main.__doc__, steps=3000, batch=8, rate=6e-4).parse_args()
     configs = trainer_configs()
-    vq = VQTraining(configs.vq, configs.vq_features, configs.flow, VQRecipe(0))
-    averaged_weights(options.tokenizer, vq)
     clips = load_clips(options.corpus, "train", SPEAKER.name)
-    speaking = Speaking(clips, vq.finished(), configs.flow, configs.vocoder, seed=3)
-    training, plan = FlowTraining(configs.flow), Plan(options.steps, options.rate, seconds=options.seconds)
-    size = training.recipe.batch
-    Loop("flow", training, lambda step: training.losses(speaking.batch(step, size), step), plan, options.run).run()
+    tokenizer = load_vq(options.checkpoint / VQ_TOKENIZER, "cpu")
+    speaking = Speaking(clips, tokenizer, configs.flow, configs.vocoder, seed=3)
+    training = FlowTraining(configs.flow)
+    if options.start is not None:
+        read_flow(options.start, training)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(speaking.batch(step, options.batch), step)
+
+    Loop("flow", training, losses, plan_of(options), options.run).run()
+    averaged_weights(options.run, training)
+    write_configs(options.checkpoint)
+    write_flow(options.checkpoint, training)
 
 
 if __name__ == "__main__":

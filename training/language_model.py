@@ -1,6 +1,6 @@
 """The language model: text and audio answers side by side, in exactly the layout that generation uses.
 
-    python -m training.language_model --checkpoint FOLDER --voices CORPUS --run FOLDER
+    python -m training.language_model --corpus FOLDER --run FOLDER --checkpoint FOLDER
 
 The prompt is the one that serving builds. Behind it each step has a text id and an audio id, the audio `audio_delay`
 steps late; only what is drawn when generating is a target: the text with its end, the codes with theirs. Some codes
@@ -11,9 +11,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +26,14 @@ from kimia.model.checkpoint import SHARD_INDEX, Stored, open_checkpoint
 from kimia.model.config import LMConfig
 from kimia.model.conversation import Message
 from kimia.model.encode import AudioEncoder
-from kimia.model.lm import DualTrackLM, Row, stack
+from kimia.model.lm import DualTrackLM, Row, load_lm, stack
 from kimia.model.prompt import Encoded, build_prompt
 from kimia.model.text import TextTokenizer
 from kimia.model.writing import write_safetensors
-from training.loop import Loop, Plan, averaged_weights
+from training.config import trainer_configs
+from training.heads import take_over
+from training.loop import Loop, averaged_weights
+from training.options import plan_of, trainer_parser
 from training.tasks import Example, Part
 from training.voices import Cache
 
@@ -192,39 +193,35 @@ def write_language_model(root: Path, training: LanguageTraining) -> None:
     (root / SHARD_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
+def read_language_model(root: Path, training: LanguageTraining) -> None:
+    """Begin with the weights of a checkpoint folder. Raises CheckpointError or WeightsError."""
+    loaded = load_lm(root, device="cpu", dtype=torch.float32)
+    take_over(training.lm, loaded.state_dict(), str(root))
+
+
 def main() -> None:
-    """Make lessons with the finished encoders, then train the language model on them."""
+    """Make lessons with the checkpoint's encoders, then train the language model on them."""
     from training.classroom import Classroom, Lessons, make_shard  # it needs this module
 
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with the finished encoders")
-    parser.add_argument("--voices", type=Path, required=True, help="folder of the spoken sentences")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=20)
-    parser.add_argument("--shard-size", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser = trainer_parser(main.__doc__, steps=6000, batch=16, rate=1e-3)
+    parser.add_argument("--shards", type=int, default=20, help="of lessons")
+    parser.add_argument("--shard-size", type=int, default=500, help="lessons")
     options = parser.parse_args()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    root = options.checkpoint
-    config = LMConfig.read(root / "config.json")
+    root, config = options.checkpoint, trainer_configs().lm
     encoder = AudioEncoder.load(open_checkpoint(root), config.adaptor_input_dim, "cpu", torch.float32)
-    classroom = Classroom(encoder, TextTokenizer.load(root, config), config, Cache(options.voices))
+    classroom = Classroom(encoder, TextTokenizer.load(root, config), config, Cache(options.corpus))
     paths = [options.run / "lessons" / f"{number:04}.pt" for number in range(options.shards)]
     for number, path in enumerate(paths):
         make_shard(classroom, path, seed=number, count=options.shard_size)
     lessons, training = Lessons(paths, seed=5), LanguageTraining(config)
+    if options.start is not None:
+        read_language_model(options.start, training)
 
     def losses(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
         return training.losses([disturbed(one, config, generator) for one in lessons.batch(step, options.batch)])
 
-    Loop(
-        "language model", training, losses, Plan(options.steps, options.rate, seconds=options.seconds), options.run
-    ).run()
+    Loop("language model", training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)
     write_language_model(root, training)
 

@@ -72,7 +72,7 @@ class Smoke:
         self.loop("encoder", encoder, lambda step: encoder.losses(windows.windows(step, 2)))
         write_encoder(root, encoder)
 
-        vq = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(continuous_steps=1, batch=4))
+        vq = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(continuous_steps=1))
         vq.kept = [torch.randn(configs.vq.codebook_size, configs.vq.encoder.d_model)]
         hearing = Hearing(clips, None, configs.vq_features, configs, seed=1)
         self.loop("vq", vq, lambda step: vq.losses(hearing.batch(step, 4), step))

@@ -20,7 +20,7 @@ from kimia.errors import CheckpointError
 from kimia.model.writing import whole_file
 from training.config import trainer_configs
 from training.corpus import Clip, Item, balanced, load_clips
-from training.teacher import Teacher, load_teacher
+from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
 FOLDER = "taught"  # in a corpus
 SHARD_CLIPS = 250
@@ -61,6 +61,21 @@ def taught_clips(folder: Path) -> tuple[list[Clip], States]:
             f"{folder / FOLDER}: no training clip was heard; run python -m training.states --corpus {folder}"
         )
     return clips, lambda clip: kept[_key(clip.item)]
+
+
+def placeless(clips: Sequence[Clip], states: States) -> States:
+    """States less what is usual that long after the beginning of a clip.
+
+    A third of their variance is the place in the clip, which a pupil that hears several clips in a row cannot know.
+    """
+    longest = max(len(states(clip)) for clip in clips)
+    total, count = torch.zeros(longest, TEACHER_WIDTH), torch.zeros(longest, 1)
+    for clip in clips:
+        heard = states(clip)
+        total[: len(heard)] += heard
+        count[: len(heard)] += 1
+    usual = total / count
+    return lambda clip: states(clip) - usual[: len(states(clip))]
 
 
 def _key(item: Item) -> tuple[str, str]:

@@ -28,6 +28,8 @@ from training.scores import ErrorRate
 from training.states import taught_clips
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
+BATCH = 16  # clips
+
 
 class TaughtCodes(CodeTraining):
     """Codes of what the teacher hears."""
@@ -80,23 +82,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--continuous", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--continuous", type=int, default=300)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--listen", type=int, default=0, help="clips of the speaker that the judge listens to")
     options = parser.parse_args()
     configs = trainer_configs()
-    recipe = Recipe(options.continuous, 16, Weights(mel=options.mel))
+    recipe = Recipe(options.continuous, Weights(mel=options.mel))
     width = configs.vq.encoder.d_model
     training = TaughtCodes(configs.vq.codebook_size, width, configs.flow.mel_bins, recipe)
     teacher = load_teacher()
     hearing = Hearing(*taught_clips(options.corpus), configs.vq_features, configs, seed=1)
-    plan = Plan(options.steps, options.rate)
-    Loop(
-        "study", training, lambda step: training.losses(hearing.batch(step, recipe.batch), step), plan, options.run
-    ).run()
+
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(hearing.batch(step, BATCH), step)
+
+    Loop("study", training, losses, Plan(options.steps, options.rate), options.run).run()
     averaged_weights(options.run, training)
     if options.listen:
         clips = held_out(options.corpus, "speaker", options.listen)

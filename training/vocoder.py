@@ -1,6 +1,6 @@
 """BigVGAN of the speaking voice: mel and multi-resolution spectra as losses.
 
-    python -m training.vocoder --corpus FOLDER --run FOLDER
+    python -m training.vocoder --corpus FOLDER --run FOLDER --checkpoint FOLDER
 
 Notes
 - Half of the mels are disturbed a little, so that the mels of the flow model do not surprise it.
@@ -14,7 +14,6 @@ Shapes: B pieces, M mel bins, T mel frames, S = hop * T samples.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from collections.abc import Sequence
@@ -24,14 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kimia.model.bigvgan import Activation, BigVGAN, mel_spectrogram
+from kimia.model.bigvgan import Activation, BigVGAN, load_vocoder, mel_spectrogram
 from kimia.model.checkpoint import ARCHIVE, Source, Stored
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.random_weights import _lowpass
 from kimia.model.writing import write_torch
-from training.config import trainer_configs
+from training.config import trainer_configs, write_configs
 from training.corpus import load_clips
-from training.loop import Loop, Plan, averaged_weights
+from training.heads import take_over
+from training.loop import Loop, averaged_weights
+from training.options import plan_of, trainer_parser
 from training.speaking import Speaking, Spoken
 from training.voices import SPEAKER
 
@@ -144,25 +145,29 @@ def write_vocoder(root: Path, training: VocoderTraining) -> None:
     write_torch(root / FOLDER / ARCHIVE, "generator", weight_normed(training.vocoder))
 
 
+def read_vocoder(root: Path, training: VocoderTraining) -> None:
+    """Begin with the weights of a checkpoint folder. Raises CheckpointError or WeightsError."""
+    loaded = load_vocoder(root / FOLDER, "cpu", torch.float32)
+    take_over(training.vocoder, loaded.state_dict(), str(root / FOLDER))
+
+
 def main() -> None:
     """Train the vocoder on the speaking voice."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=4e-4)
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    options = parser.parse_args()
+    options = trainer_parser(main.__doc__, steps=6000, batch=8, rate=4e-4).parse_args()
     configs = trainer_configs()
     clips = load_clips(options.corpus, "train", SPEAKER.name)
     speaking = Speaking(clips, None, configs.flow, configs.vocoder, seed=4)
     training = VocoderTraining(configs.vocoder, configs.flow, int(PLAIN_SHARE * options.steps))
-    plan = Plan(options.steps, options.rate, clip=3.0, seconds=options.seconds)
-    Loop(
-        "vocoder", training, lambda step: training.losses(speaking.batch(step, options.batch), step), plan, options.run
-    ).run()
+    if options.start is not None:
+        read_vocoder(options.start, training)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(speaking.batch(step, options.batch), step)
+
+    Loop("vocoder", training, losses, plan_of(options, clip=3.0), options.run).run()
     averaged_weights(options.run, training)
+    write_configs(options.checkpoint)
+    write_vocoder(options.checkpoint, training)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,39 @@
 """The semantic tokenizer: one codebook that hears every caller and can be spoken from.
 
-    python -m training.vq --corpus FOLDER --study RUN --encoder RUN --run FOLDER
+    python -m training.vq --corpus FOLDER --study RUN --run FOLDER --checkpoint FOLDER
 
-The network is the release's (`kimia.model.vq`). It begins with the continuous encoder's weights, which hear already,
-and with the codes of `training.study`, which both letters and speech can be read from; it learns to choose the code
-that the teacher's states choose. The codebook then follows its own states.
+The network is the release's (`kimia.model.vq`). It begins with the weights of the checkpoint's continuous encoder,
+which hears already, and with the codes of `training.study`, which both letters and speech can be read from; it learns
+to choose the code that the teacher's states choose. The codebook then follows its own states.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kimia.errors import CheckpointError
 from kimia.model.checkpoint import SINGLE_FILE, VQ_TOKENIZER, Stored
 from kimia.model.config import FeatureConfig, FlowConfig, VQConfig
-from kimia.model.vq import VQTokenizer
-from kimia.model.writing import write_safetensors
-from training.codebook import CodeTraining, Recipe, judge
-from training.config import trainer_configs
-from training.corpus import GROUPS, Clip, held_out
-from training.encoders import EncoderTraining
+from kimia.model.vq import VQTokenizer, load_vq
+from kimia.model.whisper import encoder_source
+from kimia.model.writing import whole_file, write_safetensors
+from training.codebook import CodeTraining, Recipe
+from training.config import trainer_configs, write_configs
+from training.corpus import Clip
+from training.encoders import EncoderTraining, read_encoder
+from training.heads import read_heads, take_over, write_heads
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing, lesson_loss
 from training.initial import initialise
-from training.loop import Loop, Plan, averaged_weights, fast_products
+from training.loop import Loop, averaged_weights, fast_products
+from training.options import plan_of, trainer_parser
 from training.states import taught_clips
 from training.study import TaughtCodes, load_study
 from training.teacher import TEACHER_WIDTH
 
+STAGE = "vq"
 CODE_SOFTNESS = 0.1  # of the choice among codes: squared distance a dimension that costs half a nat
 
 
@@ -51,19 +52,19 @@ class VQTraining(CodeTraining):
         self.last_layer = f"out{config.quantize_position - 1}"
         self.guide: tuple[TaughtCodes, ...] = ()  # in a tuple: none of its weights are trained or kept
 
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """What is not shipped."""
+        return nn.ModuleDict({"head": self.head, "pupil": self.pupil})
+
     def begin(self, encoder: EncoderTraining, study: TaughtCodes) -> None:
         """Take over the encoder's weights and the study's codes and head. Raises CheckpointError when widths differ."""
         heard = encoder.whisper.encoder.state_dict()
-        try:
-            missing = self.tokenizer.load_state_dict(
-                {name: value for name, value in heard.items() if not name.startswith("layer_norm.")}, strict=False
-            )
-            self.book.load_state_dict(study.book.state_dict())
-            self.head.load_state_dict(study.head.state_dict())
-        except RuntimeError as error:
-            raise CheckpointError(f"encoder, study and tokenizer must have one width: {error}") from error
-        if missing.missing_keys != ["codebook.weight"]:
-            raise CheckpointError(f"the encoder lacks {missing.missing_keys}: it must have the tokenizer's layers")
+        ours = self.tokenizer.state_dict()
+        # The encoder's last LayerNorm has no place here, the codebook none there.
+        take_over(self.tokenizer, {name: heard.get(name, value) for name, value in ours.items()}, "the encoder")
+        take_over(self.book, study.book.state_dict(), "the study's codebook")
+        take_over(self.head, study.head.state_dict(), "the study's head")
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The named losses of a step, weighted."""
@@ -108,37 +109,45 @@ def write_vq(root: Path, training: VQTraining) -> None:
         name: Stored(tuple(value.shape), "float16", lambda value=value: value)  # type: ignore[misc]
         for name, value in tensors.items()
     }
-    write_safetensors(root / VQ_TOKENIZER / SINGLE_FILE, source, {"format": "pt"})
+    with whole_file(root / VQ_TOKENIZER / SINGLE_FILE) as partial:
+        write_safetensors(partial, source, {"format": "pt"})
+    write_heads(root, STAGE, training.heads)
+
+
+def read_vq(root: Path, training: VQTraining) -> None:
+    """Begin with the weights of a checkpoint folder. Raises CheckpointError or WeightsError."""
+    folder = root / VQ_TOKENIZER
+    take_over(training.tokenizer, load_vq(folder, "cpu").state_dict(), str(folder))
+    stored = encoder_source(folder)
+    book = {"count": stored["ema_count"], "total": stored["ema_weight"]}
+    averages = {name: item.read().float() for name, item in book.items()} | {"ready": torch.ones((), dtype=torch.long)}
+    take_over(training.book, averages, str(folder))
+    read_heads(root, STAGE, training.heads)
 
 
 def main() -> None:
-    """Train the tokenizer, then judge it on held-out texts."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--encoder", type=Path, required=True, help="the continuous encoder's run")
+    """Train the tokenizer."""
+    parser = trainer_parser(main.__doc__, steps=2000, batch=12, rate=1e-3)
     parser.add_argument("--study", type=Path, required=True, help="run of the study, whose codes are learned")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seconds", type=float, default=math.inf)
     options = parser.parse_args()
     configs = trainer_configs()
-    training = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(0, options.batch))
-    study = load_study(options.study, configs)
-    encoder = EncoderTraining(configs.whisper, configs.whisper_features)
-    averaged_weights(options.encoder, encoder)
-    training.begin(encoder, study)
-    training.guide = (study,)
+    training = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(0))
+    training.guide = (load_study(options.study, configs),)
+    if options.start is not None:
+        read_vq(options.start, training)
+    else:
+        encoder = EncoderTraining(configs.whisper, configs.whisper_features)
+        read_encoder(options.checkpoint, encoder)
+        training.begin(encoder, training.guide[0])
     hearing = Hearing(*taught_clips(options.corpus), configs.vq_features, configs, seed=1)
-    plan = Plan(options.steps, options.rate, seconds=options.seconds)
-    Loop(
-        "vq", training, lambda step: training.losses(hearing.batch(step, options.batch), step), plan, options.run
-    ).run()
+
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(hearing.batch(step, options.batch), step)
+
+    Loop(STAGE, training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)
-    for group in GROUPS:
-        found = judge(training, held_out(options.corpus, group, 100), hearing, training.codes_of)
-        print(group, *found.items(), sep="\n  ", flush=True)
+    write_configs(options.checkpoint)
+    write_vq(options.checkpoint, training)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
 from kimia.model.whisper import load_whisper
 from training.config import write_configs
-from training.encoders import EncoderTraining, judge, write_encoder
-from training.hearing import Hearing
+from training.encoders import EncoderTraining, judge, name_event, write_encoder
+from training.hearing import EVENTS, Hearing
 from training.loop import Loop, Plan
+from training.scores import letter_ids
 
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def training(configs):
     torch.manual_seed(0)
     return EncoderTraining(configs.whisper, configs.whisper_features)
@@ -40,6 +42,19 @@ def test_what_is_written_loads_strictly_and_gives_the_same_features(training, to
 
 
 def test_judging_reads_the_features_that_serving_gives(training, tone_clips):
-    found = judge(training, tone_clips[:3])
-    assert found["characters"].items == 3
-    assert len(found["examples"]) == 3
+    characters, words = judge(
+        training, [clip.item.text for clip in tone_clips[:3]], [c.heard() for c in tone_clips[:3]]
+    )
+    assert characters.items == words.items == 3
+    nn.init.zeros_(training.letters.weight)
+    nn.init.zeros_(training.letters.bias)
+    training.letters.bias.data[letter_ids("a")[0]] = 1.0
+    always_a, _ = judge(training, ["a", "b"], [tone_clips[0].heard()] * 2)
+    assert always_a.rate == 0.5
+
+
+def test_an_event_is_named_by_what_most_frames_say(training, tone_clips):
+    nn.init.zeros_(training.events.weight)
+    nn.init.zeros_(training.events.bias)
+    training.events.bias.data[EVENTS.index("knock")] = 1.0
+    assert name_event(training, tone_clips[0].heard()) == "knock"

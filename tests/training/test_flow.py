@@ -15,7 +15,7 @@ from training.speaking import Speaking
 
 pytestmark = pytest.mark.unit
 
-SHORT = Recipe(batch=2, commits=(2, 3), look_aheads=(1,))
+SHORT = Recipe(commits=(2, 3), look_aheads=(1,))
 
 
 @pytest.fixture

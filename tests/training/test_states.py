@@ -8,7 +8,7 @@ from kimia.errors import CheckpointError
 from training.corpus import pack, write_list
 from training.hearing import FRAME_SAMPLES
 from training.smoke import tones
-from training.states import FOLDER, keep_states, taught_clips
+from training.states import FOLDER, keep_states, placeless, taught_clips
 from training.teacher import TEACHER_WIDTH
 
 pytestmark = pytest.mark.unit
@@ -77,3 +77,14 @@ def test_a_teacher_that_breaks_off_loses_its_last_shard_only(clips, tmp_path):
 def test_a_corpus_that_was_never_heard_is_refused(clips, tmp_path):
     with pytest.raises(CheckpointError, match=r"run python -m training\.states"):
         taught_clips(tmp_path)
+
+
+def test_what_is_usual_at_a_place_is_taken_away(clips):
+    place = torch.arange(60.0)[:, None].expand(-1, TEACHER_WIDTH)
+    own = {clip.item.text: float(n) for n, clip in enumerate(clips[:3])}  # 0, 1, 2: their mean is 1
+    states = placeless(clips[:3], lambda clip: (place + own[clip.item.text]).half()[: 4 * clip.tokens])
+    shortest = 4 * clips[0].tokens
+    for clip in clips[:3]:
+        assert len(states(clip)) == 4 * clip.tokens
+        expected = torch.full((shortest, TEACHER_WIDTH), own[clip.item.text] - 1.0)
+        torch.testing.assert_close(states(clip)[:shortest], expected)

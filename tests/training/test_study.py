@@ -47,7 +47,7 @@ def test_a_clip_is_heard_as_it_is_as_its_mel_and_as_its_codes(configs, tone_clip
 
 def test_codes_are_trained_on_the_teacher_s_states(configs, tone_clips, tmp_path):
     torch.manual_seed(0)
-    training = TaughtCodes(32, 16, 80, Recipe(continuous_steps=3, batch=8))
+    training = TaughtCodes(32, 16, 80, Recipe(continuous_steps=3))
     hearing = Hearing(tone_clips, hear, configs.vq_features, configs, seed=1)
     plan = Plan(steps=6, learning_rate=1e-2, warmup=1, report_every=1)
     loop = Loop("study", training, lambda step: training.losses(hearing.batch(step, 8), step), plan, tmp_path)

@@ -12,11 +12,11 @@ from training.hearing import Hearing
 from training.loop import Loop, Plan
 from training.study import TaughtCodes
 from training.teacher import TEACHER_WIDTH
-from training.vq import VQTraining, write_vq
+from training.vq import VQTraining, read_vq, write_vq
 
 pytestmark = pytest.mark.unit
 
-RECIPE = Recipe(continuous_steps=1, batch=4)
+RECIPE = Recipe(continuous_steps=1)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def training(configs, recipe=RECIPE):
 
 
 def test_steps_run_with_and_without_quantising(configs, hearing, tmp_path):
-    made = training(configs, Recipe(continuous_steps=2, batch=8, restart_every=3))
+    made = training(configs, Recipe(continuous_steps=2, restart_every=3))
     made.kept = [torch.randn(512, 192)]  # k-means wants as many states as codes
     plan = Plan(steps=5, learning_rate=1e-3, warmup=1, report_every=1)
     history = Loop("vq", made, lambda step: made.losses(hearing.batch(step, 8), step), plan, tmp_path).run().history
@@ -55,6 +55,19 @@ def test_what_is_written_loads_strictly_and_gives_the_same_codes(configs, tone_c
     waves = [clip.heard() for clip in tone_clips]
     rounded = made.finished().half().float()  # as it is stored
     assert torch.equal(torch.cat(rounded.encode(waves)), torch.cat(loaded.encode(waves)))
+
+
+def test_a_later_run_begins_with_what_was_written(configs, tone_clips, tmp_path):
+    made, later = training(configs), training(configs)
+    made.book.begin(torch.randn(600, 192))
+    torch.nn.init.normal_(made.pupil.weight)
+    write_configs(tmp_path)
+    write_vq(tmp_path, made)
+    read_vq(tmp_path, later)
+    for name, value in made.state_dict().items():
+        torch.testing.assert_close(later.state_dict()[name], value, atol=1e-2, rtol=1e-2, msg=name)
+    assert later.book.ready
+    assert later.tokenizer.conv1.weight.requires_grad
 
 
 def test_judging_reads_the_codes_that_serving_gives(configs, hearing, tone_clips):
@@ -82,7 +95,7 @@ def test_it_begins_with_the_encoder_s_weights_and_the_study_s_codes(configs):
     torch.testing.assert_close(made.tokenizer.layers[3].fc1.weight, encoder.whisper.encoder.layers[3].fc1.weight)
     torch.testing.assert_close(made.finished().codebook.weight, guide.book.rows)
     torch.testing.assert_close(made.head.letters.weight, guide.head.letters.weight)
-    with pytest.raises(CheckpointError, match="one width"):
+    with pytest.raises(CheckpointError, match="of other dimensions"):
         made.begin(encoder, study(width=ENCODER["d_model"] // 2))
 
 
