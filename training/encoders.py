@@ -2,9 +2,9 @@
 
     python -m training.encoders --corpus FOLDER --run FOLDER --checkpoint FOLDER
 
-It sees whole segments, as in use: a sentence and then silence, or several sentences and sound events. Besides the
-teacher's states it must give letters and name the sound of every frame, so that what the language model needs is in
-the features. Only the encoder is shipped; the three heads are kept for later runs.
+It hears single sentences first, then whole segments, as in use: a sentence and then silence, or several sentences and
+sound events. Besides the teacher's states it must give letters and name the sound of every frame, so that what the
+language model needs is in the features. Only the encoder is shipped; the three heads are kept for later runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kimia.model.checkpoint import SINGLE_FILE, Stored
 from kimia.model.config import EncoderConfig, FeatureConfig
@@ -43,6 +44,8 @@ from training.teacher import TEACHER_WIDTH
 FOLDER = "whisper-large-v3"  # in a checkpoint
 STAGE = "encoder"
 GENTLE_SHARE = 0.25  # of the steps: before callers' pitch and pace are changed too
+CLIPS_SHARE = 0.6  # of the steps: before whole segments are attended, which costs a third more a second of speech
+CLIPS = 3  # for one segment
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,14 @@ class EncoderTraining(nn.Module):
         return nn.ModuleDict({"letters": self.letters, "events": self.events, "pupil": self.pupil})
 
     def states(self, mel: Tensor) -> Tensor:
-        """Whole segments (B, M, T) -> (B, T / 2, d)."""
+        """(B, M, T) -> (B, T / 2, d), as the served encoder gives them for whole segments; here of any length."""
+        encoder = self.whisper.encoder
         with fast_products():
-            states: Tensor = self.whisper.encoder(mel).last_hidden_state
-        return states.float()
+            x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
+            x = x + encoder.embed_positions.weight[: x.shape[1]]
+            for layer in encoder.layers:
+                x = layer(x, None)
+            return encoder.layer_norm(x).float()  # type: ignore[no-any-return]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The named losses of a step, weighted."""
@@ -140,8 +147,12 @@ def main() -> None:
     hearing = Hearing(clips, placeless(clips, states), configs.whisper_features, configs, seed=2)
 
     def losses(step: int) -> dict[str, Tensor]:
-        chances = GENTLE if step < GENTLE_SHARE * options.steps else CALLER
-        return training.losses(hearing.windows(step, options.batch, chances))
+        done = step / options.steps
+        if done < CLIPS_SHARE:
+            return training.losses(
+                hearing.batch(step, CLIPS * options.batch, GENTLE if done < GENTLE_SHARE else CALLER)
+            )
+        return training.losses(hearing.windows(step, options.batch))
 
     Loop(STAGE, training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)

@@ -20,6 +20,13 @@ def training(configs):
     return EncoderTraining(configs.whisper, configs.whisper_features)
 
 
+def test_states_are_those_of_the_served_encoder(training):
+    mel = torch.randn(2, 80, 800, generator=torch.Generator().manual_seed(0))
+    served = training.whisper.encoder(mel).last_hidden_state
+    torch.testing.assert_close(training.states(mel), served, atol=0.1, rtol=0.1)  # bfloat16 where that is fast
+    assert training.states(mel[:, :, :60]).shape == (2, 30, 192)
+
+
 def test_steps_run_and_every_trained_weight_moves(configs, training, tone_clips, tmp_path):
     hearing = Hearing(tone_clips, None, configs.whisper_features, configs, seed=1)
     before = {name: value.detach().clone() for name, value in training.named_parameters() if value.requires_grad}
