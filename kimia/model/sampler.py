@@ -154,12 +154,23 @@ def distribution(logits: Tensor, params: Sequence[TrackSampling]) -> tuple[Tenso
 
 
 def _ordered(logits: Tensor, count: int) -> Tensor:
-    """Ids of the `count` largest logits, falling; equal ones by rising id, NaN first: (B, V) -> (B, count).
+    """Ids of the `count` largest logits, falling; equal ones by rising id, NaN first: (B, V) -> (B, count)."""
+    if count == 1:
+        return logits.argmax(dim=-1, keepdim=True)  # the first of equal ones, NaN before all
+    if count < logits.shape[-1]:
+        values, ids = logits.topk(count + 1, dim=-1)
+        if (values[:, count - 1] > values[:, count]).all():  # which ids is clear, only equal ones are out of order
+            ids = ids[:, :count].sort(dim=-1).values
+            order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
+            return ids.gather(-1, order)
+    return _ordered_by_bits(logits, count)
+
+
+def _ordered_by_bits(logits: Tensor, count: int) -> Tensor:
+    """The same where equal logits, or NaN, lie across the border.
 
     Sorts integers made of the float's bits (order-preserving) and, below them, the id: no two are equal.
     """
-    if count == 1:
-        return logits.argmax(dim=-1, keepdim=True)  # the first of equal ones, NaN before all
     clean = logits.float().masked_fill(logits.isnan(), math.inf) + 0.0  # -0.0 + 0.0 = 0.0
     bits = clean.view(torch.int32).long()
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -86,6 +86,7 @@ class Answering:
         self._made: Step | Exception | None = None  # what the consumer has not taken yet
         self._waiter: asyncio.Future[None] | None = None
         self._begun = False
+        self._over = answer.over  # as far as has been given: the engine, in its thread, may know more
 
     @property
     def reads(self) -> bool:
@@ -95,14 +96,13 @@ class Answering:
     @property
     def steps(self) -> bool:
         """Whether a step comes next."""
-        answer = self.answer
-        return self._begun and self._made is None and not answer.waits_for_prefill and not answer.over
+        return self._begun and self._made is None and not self._over and not self.answer.waits_for_prefill
 
     async def next(self) -> Step | None:
         """The next step, None behind the last one. Raises what ended the answer."""
         self._begun = True
         if self._made is None:
-            if self.answer.over:
+            if self._over:
                 return None
             self._start()
             self._waiter = asyncio.get_running_loop().create_future()
@@ -120,6 +120,7 @@ class Answering:
         """What has been computed for this turn, and its share of the time."""
         self.seconds += seconds
         self._made = made
+        self._over = self._over or isinstance(made, Exception) or (made is not None and made.stop is not None)
         if made is not None and self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

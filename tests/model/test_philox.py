@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kimia.errors import ParameterError
-from kimia.model.philox import SEED_LIMIT, Track, check_seed, normal, uniform
+from kimia.model.philox import SEED_LIMIT, Track, _first_word, _words, check_seed, normal, uniform
 
 pytestmark = pytest.mark.unit
 
@@ -20,6 +20,13 @@ pytestmark = pytest.mark.unit
 )
 def test_frozen_uniforms(seed, track, step, expected):
     assert uniform(seed, track, step) == expected
+
+
+def test_plain_integers_give_what_numpy_gives():
+    keys = np.random.Generator(np.random.PCG64(0)).integers(0, SEED_LIMIT, (300, 2))
+    for seed, step in keys.tolist():
+        for track in Track:
+            assert _first_word(seed, track, step) == int(_words(seed, track, step, 1)[0])
 
 
 def test_frozen_normals():

@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from kimia.errors import NumericsError, ParameterError
-from kimia.model.sampler import Sampling, TrackSampling, choose, distribution, penalise
+from kimia.model.sampler import (
+    Sampling,
+    TrackSampling,
+    _ordered,
+    _ordered_by_bits,
+    choose,
+    distribution,
+    draw,
+    penalise,
+)
 from tests.golden_data import golden
 from tests.model.tiny_lm import golden_or
 
@@ -85,6 +94,16 @@ def test_equal_logits_are_ordered_by_id():
     assert choose(logits, [TrackSampling()], [[]], [0.99]) == [2]
 
 
+@pytest.mark.parametrize("levels", [2, 5, 40, 10_000])
+def test_both_ways_of_ordering_agree(levels):
+    """Few levels: many equal logits, within and across the border."""
+    generator = torch.Generator().manual_seed(levels)
+    logits = torch.randint(-levels, levels, (50, 60), generator=generator) / 7
+    logits[3, 5], logits[4, 8], logits[5, :9] = math.nan, math.inf, -math.inf
+    for count in (1, 2, 7, 59, 60):
+        assert torch.equal(_ordered(logits, count), _ordered_by_bits(logits, count))
+
+
 def test_order_holds_for_every_magnitude():
     values = torch.cat([torch.randn(50) * 10.0**exponent for exponent in (-30, -3, 0, 3, 30)])
     ids, _ = distribution(values[None], [TrackSampling(1.0, 0)])
@@ -142,6 +161,24 @@ def test_rows_have_their_own_parameters():
     together = choose(logits, params, histories, numbers)
     alone = [choose(logits[i : i + 1], params[i : i + 1], histories[i : i + 1], numbers[i : i + 1]) for i in range(5)]
     assert together == [row[0] for row in alone]
+
+
+@pytest.mark.parametrize("widest", [0, 3, 30])
+def test_a_row_draws_the_same_in_any_company(widest):
+    """Bit by bit: the number lies where the last bit of a sum decides."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1))
+    sampling = TrackSampling(0.9, 17)
+    _, probabilities = distribution(logits, [sampling])
+    for border in probabilities[0].cumsum(-1).tolist()[:17]:
+        for number in (math.nextafter(border, 0), border, math.nextafter(border, 1)):
+            alone = draw(logits, [sampling], [[]], [min(number, math.nextafter(1, 0))])
+            among = draw(
+                logits.expand(3, 50),
+                [TrackSampling(1.1, widest), sampling, TrackSampling()],
+                [[]] * 3,
+                [0.1, min(number, math.nextafter(1, 0)), 0.5],
+            )
+            assert alone[0] == among[1]
 
 
 def test_draws_follow_the_distribution():

@@ -1,6 +1,7 @@
 """Who takes steps together, who waits, and what a turn that does not ask costs: nothing."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -146,6 +147,28 @@ async def test_who_is_cancelled_while_it_is_read_is_read_no_further(watched: Wat
     await asyncio.wait([task])
     await watched.idle()
     assert len(watched.log) <= 3
+
+
+async def test_the_last_step_is_not_missed_by_who_asks_while_it_is_made(watched: Watched, monkeypatch) -> None:
+    """The engine knows that the answer is over before the step has been given."""
+    turn, made, released = watched.join(steps=2), threading.Event(), threading.Event()
+    real = watched.engine.step
+
+    def slow(answers):
+        steps = real(answers)
+        if answers[0].over:
+            made.set()
+            released.wait()
+        return steps
+
+    monkeypatch.setattr(watched.engine, "step", slow)
+    await turn.next()
+    await asyncio.to_thread(made.wait)
+    asking = asyncio.create_task(turn.next())
+    await asyncio.sleep(0)
+    released.set()
+    assert (await asking).stop == "max_new_tokens"
+    assert await turn.next() is None
 
 
 async def test_no_budget_no_step(watched: Watched) -> None:
