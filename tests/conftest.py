@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 
 from kimia.model.random_weights import new_checkpoint
@@ -11,6 +12,10 @@ from tests.servers import journal_url, redis7_server, valkey_server, valkey_url 
 from tests.stores import stores  # noqa: F401
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
+
+# Tracebacks as the processes write them: with the values of all variables, structlog's default, one takes a second.
+_PLAIN = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+structlog.configure(processors=[*structlog.get_config()["processors"][:-1], _PLAIN])
 
 
 @pytest.fixture(scope="session")

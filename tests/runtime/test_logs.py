@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 def lines(capsys):
     """What has been logged since it was last called; the logging of the test run comes back afterwards."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, before = list(root.handlers), root.level, structlog.get_config()
 
     def logged():
         return capsys.readouterr().err.splitlines()
@@ -26,7 +26,7 @@ def lines(capsys):
     logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
-    structlog.reset_defaults()
+    structlog.configure(**before)
 
 
 def test_json_lines_carry_service_level_time_and_fields(lines):
