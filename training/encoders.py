@@ -43,6 +43,10 @@ from training.teacher import TEACHER_WIDTH
 
 FOLDER = "whisper-large-v3"  # in a checkpoint
 STAGE = "encoder"
+LISTENING_SHARE = (
+    0.15  # of the steps: before letters count in full; from nothing, their gradient is the larger and blind
+)
+LISTENING_LETTERS = 0.05
 GENTLE_SHARE = 0.25  # of the steps: before callers' pitch and pace are changed too
 CLIPS_SHARE = 0.6  # of the steps: before whole segments are attended, which costs a third more a second of speech
 CLIPS = 3  # for one segment
@@ -86,11 +90,11 @@ class EncoderTraining(nn.Module):
                 x = layer(x, None)
             return encoder.layer_norm(x).float()  # type: ignore[no-any-return]
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The named losses of a step, weighted."""
+    def losses(self, batch: Batch, letters: float = 1.0) -> dict[str, Tensor]:
+        """The named losses of a step, weighted; `letters` is the share of that loss's weight that counts."""
         states = self.states(batch.mel)
         return {
-            "letters": self.weights.letters * letters_loss(self.letters(states), batch),
+            "letters": letters * self.weights.letters * letters_loss(self.letters(states), batch),
             "lesson": self.weights.lesson * lesson_loss(self.pupil(states), batch),
             "events": self.weights.events * events_loss(self.events(states), batch),
         }
@@ -149,10 +153,11 @@ def main() -> None:
     def losses(step: int) -> dict[str, Tensor]:
         done = step / options.steps
         if done < CLIPS_SHARE:
-            return training.losses(
-                hearing.batch(step, CLIPS * options.batch, GENTLE if done < GENTLE_SHARE else CALLER)
-            )
-        return training.losses(hearing.windows(step, options.batch))
+            chances = GENTLE if done < GENTLE_SHARE else CALLER
+            batch = hearing.batch(step, CLIPS * options.batch, chances)
+        else:
+            batch = hearing.windows(step, options.batch)
+        return training.losses(batch, letters=1.0 if done >= LISTENING_SHARE else LISTENING_LETTERS)
 
     Loop(STAGE, training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)

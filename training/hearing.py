@@ -84,7 +84,8 @@ class Hearing:
         """The batch of a step, of clips alike in length: the same in every run."""
         rng, noise = self._generators(step)
         start = rng.randrange(max(1, len(self.clips) - NEIGHBOURS))
-        chosen = rng.sample(range(start, min(start + NEIGHBOURS, len(self.clips))), size)
+        alike = range(start, min(start + NEIGHBOURS, len(self.clips)))
+        chosen = rng.sample(alike, min(size, len(alike)))
         rows = [_Row([self._clip(index, rng, noise, chances)]) for index in chosen]
         longest = max(row.tokens for row in rows) * FRAMES_PER_TOKEN
         # Each clip's own padding, as the tokenizer pads it, then zeros
