@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import redis
 from tests.servers import _free_port, redis7
 
 SECONDS = 20  # until a server is ready
+SLOTS = 16384  # of a cluster
 
 
 class Store:
@@ -26,6 +27,11 @@ class Store:
         self._environment = environment
         self._options = {"appendonly": "yes", "save": "", "repl-diskless-sync-delay": "0", **options}
         self._process: subprocess.Popen | None = None
+
+    @property
+    def bus(self) -> str:
+        """The port on which the nodes of a cluster speak to one another."""
+        return self._options["cluster-port"]
 
     @property
     def address(self) -> str:
@@ -124,9 +130,68 @@ class Stores:
         caught_up(store)
         return store
 
+    def node(self) -> Store:
+        """A node of a cluster that knows no other yet."""
+        options = {"cluster_enabled": "yes", "cluster_node_timeout": "1000", "cluster_replica_validity_factor": "0"}
+        return self.new(cluster_port=str(_free_port()), **options).start()
+
+    def cluster(self, primaries: int = 3) -> "Cluster":
+        """Primaries with equal shares of the slots, and one replica, of the first."""
+        made = [self.node() for _ in range(primaries + 1)]
+        return Cluster(made[:-1], made[-1])
+
     def close(self) -> None:
         for store in self._made:
             store.kill()
+
+
+class Cluster:
+    """Servers that share the slots. `replica` follows the first of `primaries`."""
+
+    def __init__(self, primaries: list[Store], replica: Store) -> None:
+        self.primaries = primaries
+        self.replica = replica
+        self.url = f"redis+cluster://127.0.0.1:1,{primaries[0].address}"  # one that is away, and one that knows all
+        self._join()
+
+    def primary_of(self, key: str) -> Store:
+        """The server that has a key, while no replica was promoted."""
+        slot = int(str(self.primaries[0].say("CLUSTER", "KEYSLOT", key)))
+        return self.primaries[slot * len(self.primaries) // SLOTS]
+
+    def _join(self) -> None:
+        everybody = [*self.primaries, self.replica]
+        edges = [-(-SLOTS * at // len(self.primaries)) for at in range(len(self.primaries) + 1)]
+        for at, store in enumerate(self.primaries):
+            store.say("CLUSTER", "ADDSLOTSRANGE", edges[at], edges[at + 1] - 1)
+        for epoch, store in enumerate(everybody, 1):
+            store.say("CLUSTER", "SET-CONFIG-EPOCH", epoch)
+            store.say("CLUSTER", "MEET", "127.0.0.1", self.primaries[0].port, self.primaries[0].bus)
+        self._until(lambda: all(len(self._nodes(store)) == len(everybody) for store in everybody))
+        self._until(self._follows)
+        caught_up(self.replica)
+        self._until(lambda: all("cluster_state:ok" in str(self._raw(store, "INFO")) for store in everybody))
+        self._until(lambda: all(sum("slave" in node for node in self._nodes(store)) == 1 for store in everybody))
+
+    def _follows(self) -> bool:
+        try:
+            return bool(self.replica.say("CLUSTER", "REPLICATE", self.primaries[0].say("CLUSTER", "MYID")))
+        except redis.ResponseError:  # it has not heard of it yet
+            return False
+
+    def _nodes(self, store: Store) -> list[str]:
+        return [line for line in str(self._raw(store, "NODES")).splitlines() if "handshake" not in line]
+
+    def _raw(self, store: Store, what: str) -> object:
+        with store.client() as client:
+            client.response_callbacks.clear()
+            return client.execute_command(f"CLUSTER {what}")
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
 
 
 def caught_up(replica: Store) -> None:

@@ -15,6 +15,7 @@ from kimia.stage import STAGES
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
 EPILOG = """examples:
   kimia ps --redis redis://127.0.0.1:6379/0
+  kimia ps --redis redis+cluster://127.0.0.1:7000 --partitions 16
   kimia ps --json
 
 rows      turns that the live workers compute / can compute at once

@@ -33,11 +33,16 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
         repr=False,  # may hold a password
-        description="Journal: sessions, jobs and logs. `redis://`, `rediss://`, `unix://`, `redis+sentinel://`; "
-        "empty: a stage alone",
+        description="Journal: sessions, jobs and logs. `redis://`, `rediss://`, `unix://`, `redis+sentinel://`, "
+        "`redis+cluster://`; empty: a stage alone",
     )
     blob_url: str = Field("", repr=False, description="Blobs, which may be lost. Empty: the journal's server")
-    partitions: int = Field(1, ge=1, le=1024, description="Partitions of sessions; the same in every process, for good")
+    partitions: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Partitions of sessions, 16 or more on a cluster; the same in every process, for good",
+    )
     lease_seconds: float = Field(1.6, gt=0, description="Silence of a worker after which others take its turns over")
     turn_ttl_seconds: float = Field(900.0, gt=0, description="Life of a turn's keys after its last write")
     session_ttl_seconds: float = Field(3600.0, gt=0, description="Life of a session after its last turn")

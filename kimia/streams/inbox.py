@@ -18,8 +18,8 @@ from redis.exceptions import RedisError
 from kimia.errors import NotFoundError, UnavailableError
 from kimia.stage import Log
 from kimia.streams import keys
-from kimia.streams.connections import reached
-from kimia.streams.journal import Head, Journal, Playback, deadline_us, history_of, parse_head
+from kimia.streams.connections import history_of, reached
+from kimia.streams.journal import Head, Journal, Playback, deadline_us, parse_head
 from kimia.streams.patience import LONGEST_PAUSE, Patience, end, pause_after
 from kimia.streams.together import Together
 from kimia.streams.wire import Wire

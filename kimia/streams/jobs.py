@@ -9,6 +9,7 @@ from typing import Any
 
 from kimia.stage import LLM, TOKENIZER, StageKind
 from kimia.streams import keys
+from kimia.streams.arrivals import Arrivals
 from kimia.streams.connections import reached
 from kimia.streams.journal import (
     Playback,
@@ -76,7 +77,7 @@ class Jobs:
         self._kind = kind
         self._consumer = consumer
         self._lease = milliseconds(wire.options.lease)
-        self._blocked = wire.blocking()
+        self._arrivals = Arrivals(wire.blocking())
         self._tails: dict[str, str] = {}
         self._start = 0  # partitions take turns at being swept first
         self._passed = 0  # claims while batch turns may have been passed over, since the last of those was taken
@@ -107,9 +108,12 @@ class Jobs:
 
     async def wait(self, timeout: float) -> None:
         """Until a job has come that the last sweep has not seen, or `timeout` seconds have passed."""
-        tails: dict[Any, Any] = {stream: "0-0" for p in self._wire.partitions for stream in self._classes(p)}
+        ends = {
+            p: {stream: self._tails.get(stream, "0-0") for stream in (*self._own(p), *self._classes(p))}
+            for p in self._wire.partitions
+        }
         with reached("journal"):
-            await self._blocked.xread(tails | self._tails, count=1, block=milliseconds(timeout))
+            await self._arrivals.wait(ends, timeout)
 
     async def recover(self, count: int) -> list[Claim]:
         """Take up to `count` turns whose worker has given no sign of life for a lease."""
@@ -231,7 +235,7 @@ class Jobs:
         """Forget this consumer where it holds nothing. What it holds is recovered by others."""
         for p in self._wire.partitions:
             await self._wire.call("leave", [*self._own(p), *self._classes(p)], [self._consumer])
-        await self._blocked.aclose()
+        await self._arrivals.aclose()
 
     # ---- parts ----
 

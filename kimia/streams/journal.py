@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
-import redis.asyncio as redis
-
 from kimia.errors import NotFoundError, RequestError, StateError, TurnCancelledError
 from kimia.stage import STAGES, TOKENIZER, Log, StageKind, route_of
 from kimia.streams import keys
-from kimia.streams.connections import reached
+from kimia.streams.connections import history_of, reached
 from kimia.streams.wire import Argument, Wire
 from kimia.v1.conversation_pb2 import Message
 from kimia.v1.session_pb2 import SessionRecord
@@ -263,12 +261,6 @@ class Journal:
 
 
 # ---- what jobs share ----------------------------------------------------------------------------------------------
-
-
-async def history_of(client: redis.Redis) -> str:
-    """See `Journal.history`."""
-    found: Any = await client.info("replication")
-    return str(found["master_replid"])
 
 
 def turn_keys(p: str, turn_id: str) -> list[str]:

@@ -116,10 +116,8 @@ class Wire:
 
     async def _load(self, scripts: Sequence[str]) -> None:
         with reached("journal"):
-            async with self.journal.pipeline(transaction=False) as pipe:
-                for script in scripts:
-                    pipe.script_load(script_text(script)[0])
-                await pipe.execute()
+            for script in scripts:  # not in a pipeline: on a cluster each goes to all primaries
+                await self.journal.script_load(script_text(script)[0])
 
 
 async def execute(client: redis.Redis, *words: Argument) -> Any:

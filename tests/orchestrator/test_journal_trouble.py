@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from itertools import zip_longest
 
 import pytest
 
@@ -23,9 +24,9 @@ SECONDS = 60  # no test waits longer, however busy the machine
 
 
 @asynccontextmanager
-async def served(url, **settings):
+async def served(url, partitions=1, **settings):
     """Workers and an orchestrator."""
-    wire = await Wire.connect(url, options=WireOptions(lease=0.5))
+    wire = await Wire.connect(url, options=WireOptions(partitions=partitions, lease=0.5))
     try:
         async with World(wire) as world:
             await world.begin(TALKING, **settings)
@@ -75,9 +76,9 @@ class Caller:
         return said(self.events)
 
 
-async def callers(world, *counts):
+async def callers(world, *counts, sessions=()):
     """Callers who have heard so many events of their answers."""
-    found = [Caller(world, keys.new_session_id()) for _ in counts]
+    found = [Caller(world, session or keys.new_session_id()) for session, _ in zip_longest(sessions, counts)]
     await until(lambda: all(len(one.events) >= count for one, count in zip(found, counts, strict=True)))
     assert not any(one.answered.done() for one in found)
     return found

@@ -3,7 +3,7 @@
 import pytest
 
 from kimia.errors import SettingsError
-from kimia.streams.addresses import Sentinels, check_url, sentinels
+from kimia.streams.addresses import Nodes, Sentinels, check_url, nodes, sentinels
 
 pytestmark = pytest.mark.unit
 
@@ -11,6 +11,16 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("url", ["redis://host:6379/0", "rediss://:secret@host/1", "unix:///run/redis.sock"])
 def test_a_server_is_named_itself(url):
     assert sentinels(url) is None
+    assert nodes(url) is None
+
+
+def test_a_cluster_is_named_by_some_of_its_nodes():
+    assert nodes("redis+cluster://a") == Nodes("redis://a:6379", ())
+    found = nodes("rediss+cluster://me:p%40ss@a:1,b,[::1]:3/0?ssl_cert_reqs=none")
+    assert found == Nodes("rediss://me:p%40ss@a:1?ssl_cert_reqs=none", (("b", 6379), ("::1", 3)))
+    assert nodes("redis+cluster://[::1]:3/").first == "redis://[::1]:3"
+    assert "p%40ss" not in repr(found)
+    check_url("redis+cluster://a:1,b:2")
 
 
 def test_sentinels_name_a_service():
@@ -28,7 +38,10 @@ def test_sentinels_name_a_service():
         ("http://secret", "no Redis URL"),
         ("redis://", "no Redis URL"),
         ("redis://[secret", "no Redis URL"),
-        ("redis+cluster://secret:1", "Redis Cluster is not supported"),
+        ("redis+cluster:///secret", "no URL of a cluster"),
+        ("redis+cluster://a:1/2?x=secret", "one database"),
+        ("redis+cluster://a:secret", "host:port"),
+        ("redis+cluster://secret:1,,b", "host:port"),
         ("redis+sentinel://secret:1", "no Sentinel URL"),
         ("redis+sentinel:///secret", "no Sentinel URL"),
         ("redis+sentinel://a:1/secret/x", "no Sentinel URL"),
