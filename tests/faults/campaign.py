@@ -41,9 +41,6 @@ MODES = ("always", "everysec")
 STEPS = 24  # of an answer: two pieces of speech and the rest
 AT_ONCE = 4  # turns of the undisturbed run at a time
 LONGEST = 1800.0  # seconds of a turn: what takes longer hangs, however busy the machine
-DELIVERIES = (
-    20  # a machine that many share makes living workers silent for longer than a lease; giving up is tried elsewhere
-)
 PATIENT = ClientOptions(attempts=200, patience=LONGEST, timeout=LONGEST)
 SAMPLED = {"text_temperature": 0.7, "text_top_k": 8, "audio_temperature": 0.8, "audio_top_k": 10}
 CLIPS = ("clip_a2.wav", "clip_b2.wav")
@@ -172,7 +169,7 @@ class Callers:
 def run(mode: str, model: Path, kills: Sequence[Kill], callers: int) -> Summary:
     """All kills of one mode of the AOF."""
     # All turns find a row even where one worker of a stage is left; refused are only those that come when none is.
-    settings = {"ROWS": callers, "MAX_DELIVERIES": DELIVERIES, "TURN_DEADLINE_SECONDS": LONGEST}
+    settings = {"ROWS": callers, "TURN_DEADLINE_SECONDS": LONGEST}
     environment = {f"KIMIA_{name}": str(value) for name, value in settings.items()}
     with service("--model", str(model), "--device", "cpu", environment=environment) as found:
         syncing(found, mode)
