@@ -260,6 +260,18 @@ async def test_what_ended_long_ago_is_no_release_of_now(ledger):
     assert await refusal(ledger) == pytest.approx(RELEASE_WINDOW / 10)
 
 
+async def test_what_is_given_back_after_its_end_was_released_at_its_end(ledger):
+    await offer(ledger, rows=1)
+    await ledger.reserve("a", "t", ROUTE, LONG)
+    for pool in (*(kind.name for kind in ROUTE), "@t"):  # long over, its hash not expired yet
+        await ledger._wire.journal.zadd(keys.ledger(f"reserved:{pool}"), {"a": 1}, xx=True)
+    await ledger.release("a")
+    await ledger.reserve("b", "t", ROUTE, LONG)
+    await ledger.release("b")
+    await ledger.reserve("c", "t", ROUTE, LONG)
+    assert await refusal(ledger) == pytest.approx(30.0)  # one release in the last half minute, not two
+
+
 async def test_everything_but_the_workers_expires(ledger):
     await offer(ledger)
     await ledger.reserve("a", "t", ROUTE, LONG)

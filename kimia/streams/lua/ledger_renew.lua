@@ -25,11 +25,13 @@ end
 for stage in string.gmatch(held[2], '%S+') do pools[#pools + 1] = stage end
 for _, pool in ipairs(pools) do
   local reserved, released = prefix .. 'reserved:' .. pool, prefix .. 'released:' .. pool
+  local over = tonumber(redis.call('ZSCORE', reserved, session))
   if life > 0 then
     redis.call('ZADD', reserved, now + life, session)
     redis.call('PEXPIRE', reserved, math.max(life, redis.call('PTTL', reserved)))
-  elseif redis.call('ZREM', reserved, session) == 1 then
-    redis.call('ZADD', released, now, session .. ':' .. time[1] .. ':' .. time[2])
+  elseif over then -- one whose time was over already was released then
+    redis.call('ZREM', reserved, session)
+    redis.call('ZADD', released, math.min(over, now), session .. ':' .. time[1] .. ':' .. time[2])
     redis.call('PEXPIRE', released, window)
   end
 end
