@@ -111,6 +111,7 @@ class Journal:
             turn.caller.key_id,
             self._turn_ttl,
             self._session_ttl,
+            turn.caller.traceparent,
         ]
         answer, *found = await self._wire.call("open", names, args)
         if answer == b"gone":

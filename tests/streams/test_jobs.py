@@ -12,7 +12,19 @@ from kimia.streams.jobs import Outcome, Published
 from kimia.streams.journal import Playback
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Failure
-from tests.streams.turns import DETOKENIZER, LLM, SPEECH, TOKENIZER, World, encoded, new_turn, sound, speech, step
+from tests.streams.turns import (
+    DETOKENIZER,
+    LLM,
+    SPEECH,
+    TOKENIZER,
+    TRACE,
+    World,
+    encoded,
+    new_turn,
+    sound,
+    speech,
+    step,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -323,6 +335,7 @@ async def test_a_turn_that_kills_every_worker_is_given_up(world):
     assert await world.pointers("orchestrator") == [(claim.turn.id, "state", 0)]
     [(_, letter)] = await world.redis.xrange(keys.dlq("{0}", "llm"))
     assert (letter[b"t"], letter[b"reason"], letter[b"tries"]) == (claim.turn.id.encode(), b"GAVE_UP", b"3")
+    assert letter[b"trace"] == TRACE.encode()
     assert keys.dlq("{0}", "llm") not in await world.permanent()
     assert await worker.depth() == (0, 0)
     assert await worker.publish(claim, step(0)) == Published(CANCELLED, 0)

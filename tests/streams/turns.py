@@ -5,15 +5,16 @@ from kimia.streams import keys
 from kimia.streams.jobs import Claim, Jobs
 from kimia.streams.journal import Journal
 from kimia.streams.wire import Wire, WireOptions
-from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, Speech, Step, Turn
+from kimia.v1.turn_pb2 import Caller, Chunk, Encoded, InputAudio, Speech, Step, Turn
 
 SPEECH = ("tokenizer", "llm", "detokenizer")
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 PATIENT = WireOptions(lease=600)  # leases end when a test says so, and not because a machine is slow
 
 
 def new_turn(session: str = "s1", route=("llm",), **fields) -> Turn:
     turn = Turn(id=keys.new_turn_id(session), session_id=session, seed=7, route=[STAGES[n].number for n in route])
-    turn.caller.tenant, turn.caller.key_id = "acme", "k1"
+    turn.caller.CopyFrom(Caller(tenant="acme", key_id="k1", traceparent=TRACE))
     for name, value in fields.items():
         setattr(turn, name, value)
     return turn

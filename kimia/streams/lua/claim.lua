@@ -46,9 +46,9 @@ if deadline > 0 and now > deadline and next == 0 then
 end
 local tries = redis.call('HINCRBY', head, s'tries', 1)
 if tries > tonumber(most) then
-  local who = fields(head, 'tenant', 'key')
-  redis.call('XADD', KEYS[9], 'MAXLEN', '~', 10000, '*', 't', turn, 'o', who[1], 'k', who[2], 'reason', 'GAVE_UP',
-    'tries', tries - 1, 'consumer', owner or '', 'next', next)
+  local who = fields(head, 'tenant', 'key', 'trace')
+  redis.call('XADD', KEYS[9], 'MAXLEN', '~', 10000, '*', 't', turn, 'o', who[1], 'k', who[2], 'trace', who[3] or '',
+    'reason', 'GAVE_UP', 'tries', tries - 1, 'consumer', owner or '', 'next', next)
   redis.call('PEXPIRE', KEYS[9], 7 * 86400000)
   ack(stream, entry)
   finish(turn, 'error', gave_up, ttl)
