@@ -16,7 +16,7 @@ TIMES = {
 
 
 def head(state="done", stages=TIMES, failure=None):
-    return Head(TURN, state, failure, 900_000, 1_000_000, 1_001_100, stages, {}, "me", 7)
+    return Head(TURN, state, failure, 900_000, 1_000_000, 1_001_100, stages, {}, "me", 7, 0)
 
 
 def following():
