@@ -131,7 +131,12 @@ LEDGER = (
         "if life > 0 and not (ends and tonumber(ends) > now) then return 0 end",
     ),
     fault("a release that forgets a stage", "ledger_renew", "pools[#pools + 1] = stage end", "pools[2] = stage end"),
-    fault("a release that is not counted", "ledger_renew", "'ZADD', released, now,", "'ZADD', released, 0,"),
+    fault(
+        "a release that is not counted",
+        "ledger_renew",
+        "'ZADD', released, math.min(over, now),",
+        "'ZADD', released, 0,",
+    ),
     fault(
         "a refusal that keeps a row",
         "ledger_reserve",
