@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from kimia.errors import NotFoundError, UnavailableError
-from kimia.runtime.attempt import HANDED_OVER, LOST, RETRIED, Attempt, Bench
+from kimia.runtime.attempt import HANDED_OVER, LOST, RETRIED, AsItIs, Attempt, Bench
 from kimia.runtime.fake import DELAY, FakeLanguageModel, FakeTiming
 from kimia.runtime.rows import Row, Rows
 from kimia.stage import LLM
@@ -267,3 +267,24 @@ async def test_what_may_pass_is_left_for_another_attempt(error):
     journal = Journal()
     assert await outcome(attempt_of(journal, Broken(error))) == RETRIED
     assert journal.said == []
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another worker has it", "the turn is gone"])
+async def test_what_was_put_away_is_dropped_where_a_lost_turn_is_gone(monkeypatch, there):
+    closed = []
+
+    async def close(self, over):
+        closed.append(over)
+
+    class Head:
+        over = False
+
+    async def head(turn_id):
+        return Head()
+
+    monkeypatch.setattr(AsItIs, "close", close)
+    journal = Journal(answers={4: [Published(Outcome.FENCED, 4)]})
+    if there:
+        journal.head = head
+    assert await outcome(attempt_of(journal)) == LOST
+    assert closed == [not there]
