@@ -233,6 +233,9 @@ async def test_while_the_pipeline_drains_direct_clients_are_refused(tmp_path):
         def __init__(self):
             self.asked, self.may_end = asyncio.Event(), asyncio.Event()
 
+        async def run(self):  # the service may come to it only now
+            await self.may_end.wait()
+
         async def drain(self, seconds):
             self.asked.set()
             await self.may_end.wait()
