@@ -72,7 +72,8 @@ class Hearing:
         configs: MicroConfigs,
         seed: int,
     ) -> None:
-        self.clips = sorted(clips, key=lambda clip: clip.tokens)
+        mixed = random.Random(seed).sample(list(clips), len(clips))  # neighbours of one length are of all voices
+        self.clips = sorted(mixed, key=lambda clip: clip.tokens)
         self.taught, self.vocoder, self.flow, self.seed = taught, configs.vocoder, configs.flow, seed
         self.segment = features.segment_samples
         self.log_mel = LogMel(features)

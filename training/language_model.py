@@ -32,7 +32,7 @@ from kimia.model.text import TextTokenizer
 from kimia.model.writing import write_safetensors
 from training.config import trainer_configs
 from training.heads import take_over
-from training.loop import Loop, averaged_weights
+from training.loop import Loop, averaged_weights, fast_products
 from training.options import plan_of, trainer_parser
 from training.tasks import Example, Part
 from training.voices import Cache
@@ -121,7 +121,8 @@ class LanguageTraining(nn.Module):
 
     def losses(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
         """Cross entropy per target of either track."""
-        found = self.lm(stack([one.row for one in lessons], self.lm.device))
+        with fast_products():
+            found = self.lm(stack([one.row for one in lessons], self.lm.device))
         return {
             "text": _cross_entropy(found.text_logits, [one.text_targets for one in lessons]),
             "audio": _cross_entropy(found.audio_logits, [one.audio_targets for one in lessons]),
@@ -129,12 +130,13 @@ class LanguageTraining(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Mean over all targets of (B, T, V); zero without any."""
+    """Mean over all targets of (B, T, V); zero without any. Positions without a target cost nothing."""
     length = logits.shape[1]
     padded = torch.tensor([[*row, *[-1] * (length - len(row))] for row in targets], device=logits.device)
-    if (padded < 0).all():
+    wanted = padded >= 0
+    if not wanted.any():
         return logits.sum() * 0.0
-    return F.cross_entropy(logits.float().flatten(0, 1), padded.flatten(), ignore_index=-1)
+    return F.cross_entropy(logits[wanted].float(), padded[wanted])
 
 
 @torch.no_grad()

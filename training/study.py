@@ -20,7 +20,7 @@ from kimia.errors import ParameterError
 from kimia.model.vq import pool
 from training.codebook import CodeTraining, Recipe, Weights, judge
 from training.config import MicroConfigs, trainer_configs
-from training.corpus import GROUPS, Clip, held_out
+from training.corpus import GROUPS, Clip, balanced, held_out
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing
 from training.listening import griffin_lim, word_errors
 from training.loop import Loop, Plan, averaged_weights
@@ -29,6 +29,7 @@ from training.states import taught_clips
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
 BATCH = 16  # clips
+ALONE_STEPS = 100  # first, with the speaking voice alone: letters are found at once there, and hardly at all among many
 
 
 class TaughtCodes(CodeTraining):
@@ -82,8 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--continuous", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--continuous", type=int, default=500)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
     parser.add_argument("--test", type=int, default=100)
@@ -94,10 +95,12 @@ def main() -> None:
     width = configs.vq.encoder.d_model
     training = TaughtCodes(configs.vq.codebook_size, width, configs.flow.mel_bins, recipe)
     teacher = load_teacher()
-    hearing = Hearing(*taught_clips(options.corpus), configs.vq_features, configs, seed=1)
+    clips, states = taught_clips(options.corpus)
+    hearing = Hearing(clips, states, configs.vq_features, configs, seed=1)
+    alone = Hearing(balanced(clips, None, 0), states, configs.vq_features, configs, seed=1)
 
     def losses(step: int) -> dict[str, Tensor]:
-        return training.losses(hearing.batch(step, BATCH), step)
+        return training.losses((alone if step < ALONE_STEPS else hearing).batch(step, BATCH), step)
 
     Loop("study", training, losses, Plan(options.steps, options.rate), options.run).run()
     averaged_weights(options.run, training)
