@@ -19,11 +19,12 @@ import torch
 
 from kimia.errors import ParameterError
 from kimia.model.bigvgan import load_vocoder
-from kimia.model.checkpoint import ARCHIVE, SINGLE_FILE, Checkpoint, open_checkpoint
+from kimia.model.checkpoint import ARCHIVE, SHARD_INDEX, SINGLE_FILE, Checkpoint, open_checkpoint
 from kimia.model.detokenize import Detokenizer
 from kimia.model.presets import PRESETS, Preset
 from training import encoders
-from training.augment import CALLER, augmented, mu_law_8k
+from training.answers import LINES, Exam, Shop
+from training.augment import CALLER, augmented
 from training.codebook import Recipe
 from training.codebook import judge as judge_codes
 from training.config import MicroConfigs, trainer_configs
@@ -37,7 +38,6 @@ from training.vq import VQTraining, read_vq
 
 CARD = "README.md"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
-LINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"": lambda wave: wave, ", 8 kHz mu-law": mu_law_8k}
 EVENTS_SEED = 77  # of the sound events: none of a training step's
 
 
@@ -57,6 +57,7 @@ class Subject:
     configs: MicroConfigs
     clips: dict[str, list[Clip]]  # by group
     listen: int  # clips of the speaking voice that the judge listens to
+    corpus: Path
 
     def rows(self) -> Iterator[Row]:
         """All measures of the parts that are there."""
@@ -68,6 +69,9 @@ class Subject:
             yield from self._vocoder()
         if (self.checkpoint.vocoder / ARCHIVE).exists() and (self.checkpoint.flow / ARCHIVE).exists():
             yield from self._speech()
+            if (self.checkpoint.root / SHARD_INDEX).exists():
+                exam = Exam(Shop.load(self.checkpoint.root, self.corpus), len(self.clips[GROUPS[0]]), self.listen)
+                yield from (Row(*row) for row in exam.rows())
 
     # ---- hearing ----
 
@@ -175,7 +179,7 @@ def main() -> None:
     parser.add_argument("--listen", type=int, default=100, help="clips that the judge listens to")
     options = parser.parse_args()
     clips = {group: held_out(options.corpus, group, options.limit) for group in GROUPS}
-    subject = Subject(open_checkpoint(options.checkpoint), trainer_configs(), clips, options.listen)
+    subject = Subject(open_checkpoint(options.checkpoint), trainer_configs(), clips, options.listen, options.corpus)
     figures = table(list(subject.rows()))
     print(figures)
     card = options.checkpoint / CARD

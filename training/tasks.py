@@ -7,7 +7,7 @@ of a sound, the style of speaking, text to speech, and spoken dialogue with memo
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,15 +107,19 @@ def say(rng: random.Random, *, held_out: bool) -> Example:
     return Example("say", (), sample_text(rng, held_out=held_out), spoken=True)
 
 
+def call(exchanges: Sequence[Exchange], kind: Kind = "speech") -> Example:
+    """A call up to its last answer."""
+    parts: list[Part] = []
+    for exchange in exchanges:
+        parts += [Part("user", kind, exchange.question), Part("assistant", "speech", exchange.answer)]
+    return Example("talk", tuple(parts[:-1]), exchanges[-1].answer, spoken=True)
+
+
 def talk(rng: random.Random, *, held_out: bool) -> Example:
     """A call: the last answer, behind all that was said before."""
     memory = rng.random() < 0.4
     calls = sample_dialogue(rng, held_out=held_out).exchanges if memory else (sample_exchange(rng, held_out=held_out),)
-    kind: Kind = "text" if rng.random() < 0.1 else "speech"
-    parts: list[Part] = []
-    for exchange in calls:
-        parts += [Part("user", kind, exchange.question), Part("assistant", "speech", exchange.answer)]
-    return Example("talk", tuple(parts[:-1]), calls[-1].answer, spoken=True)
+    return call(calls, "text" if rng.random() < 0.1 else "speech")
 
 
 TASKS: dict[Callable[..., Example], float] = {

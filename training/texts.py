@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from kimia.errors import ParameterError
+from training.scores import distance
 
 HELD_OUT_SHARE = 10  # one text in ten is held out
 ORDER_DIGITS = 3
@@ -326,3 +328,25 @@ def comparable(text: str) -> str:
     plain = LETTERS.sub(" ", text.lower().replace(".", "").replace(",", " ").replace("-", " "))
     words = [NUMBER_WORDS.get(word, word) for word in plain.split()]
     return " ".join(" ".join(word) if word.isdigit() else word for word in words)
+
+
+# ---- what an answer is about ------------------------------------------------------------------------------------
+
+
+@cache
+def _answers() -> Mapping[str, str]:
+    """Every answer, digits apart -> its intent."""
+    slots = {"day": DAYS, "item": ITEMS, "city": CITIES, "name": NAMES, "digits": DIGITS}
+    count = max(map(len, slots.values()))
+    rows = [{name: words[index % len(words)] for name, words in slots.items()} for index in range(count)]
+    return {_masked(intent.answer(row)): intent.name for intent in INTENTS for row in rows}
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"[0-9]", "#", comparable(text))
+
+
+def intent_of(answer: str) -> str:
+    """The intent whose answers are nearest to these words; which digits they hold does not count."""
+    words = _masked(answer).split()
+    return _answers()[min(_answers(), key=lambda known: distance(known.split(), words) / len(known.split()))]

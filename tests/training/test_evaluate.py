@@ -20,7 +20,7 @@ def test_only_parts_that_are_there_are_measured(configs, tmp_path, monkeypatch):
     torch.manual_seed(0)
     write_configs(tmp_path)
     clips = {group: [tones("hibari", "yes", 6, 0), tones("hibari", "no", 7, 1)] for group in GROUPS}
-    subject = Subject(open_checkpoint(tmp_path), configs, clips, listen=1)
+    subject = Subject(open_checkpoint(tmp_path), configs, clips, listen=1, corpus=tmp_path)
     assert list(subject.rows()) == []
     write_encoder(tmp_path, EncoderTraining(configs.whisper, configs.whisper_features))
     measures = [row.measure for row in subject.rows()]

@@ -10,6 +10,7 @@ from training.texts import (
     BY_NAME,
     INTENTS,
     comparable,
+    intent_of,
     is_held_out,
     sample_dialogue,
     sample_exchange,
@@ -108,3 +109,13 @@ def test_what_recognisers_write_compares_equal_to_what_was_said(written, spoken)
 
 def test_different_numbers_do_not_compare_equal():
     assert comparable("order 472") != comparable("order four seven three")
+
+
+def test_an_answer_tells_its_intent():
+    rng = random.Random(5)
+    for _ in range(300):
+        found = sample_exchange(rng, held_out=False)
+        assert intent_of(found.answer) == found.intent
+    assert intent_of("order number seven delivered yesterday") == "status"
+    assert intent_of("on friday open nine to six") == "hours"
+    assert intent_of("") in BY_NAME

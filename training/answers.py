@@ -1,0 +1,209 @@
+"""What a whole checkpoint makes of held-out calls: every task of the domain, from the caller's sound to spoken words.
+
+A call is played as it would go: the model hears the caller, says its own answer, and answers again behind that. Which
+answers are right follows from the texts; what was spoken is judged by ear (`training.listening`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from kimia.model.conversation import OutputType
+from kimia.model.presets import PRESETS, Preset
+from kimia.pipeline import KimiAudio, TurnDone
+from training.augment import mu_law_8k, resampled
+from training.classroom import resampled_speech
+from training.listening import transcript
+from training.scores import ErrorRate, error_rate
+from training.sounds import sound
+from training.tasks import Example, Part, call, caption, name_sound, question, say, style, transcribe
+from training.texts import comparable, intent_of, sample_dialogue, sample_exchange
+from training.voices import CALLERS, HEARING_RATE, SPEAKER, STRANGERS, Cache, Voice
+
+Line = Callable[[np.ndarray], np.ndarray]  # what happens to a wave (S,) at HEARING_RATE on its way
+Task = Callable[..., Example]
+Row = tuple[str, tuple[str, ...]]  # a measure, and its cell for each group of voices
+
+VOICES: Mapping[str, Sequence[Voice]] = {"speaker": (SPEAKER,), "callers": CALLERS, "strangers": STRANGERS}
+OPTIONS: Mapping[str, Any] = {"text_temperature": 0.0, "audio_temperature": 0.0, "seed": 1, "max_new_tokens": 150}
+
+
+def direct(wave: np.ndarray) -> np.ndarray:
+    """No line at all."""
+    return wave
+
+
+LINES: Mapping[str, Line] = {"": direct, ", 8 kHz mu-law": mu_law_8k}
+
+
+def one_call(rng: random.Random, *, held_out: bool) -> Example:
+    """A single question on the phone."""
+    return call((sample_exchange(rng, held_out=held_out),))
+
+
+def recall(rng: random.Random, *, held_out: bool) -> Example:
+    """A call in which the caller asks for what he has told before."""
+    while True:
+        dialogue = sample_dialogue(rng, held_out=held_out)
+        if dialogue.exchanges[-1].intent == "recall":
+            return call(dialogue.exchanges)
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A checkpoint that answers calls."""
+
+    silent: KimiAudio  # without its detokenizer: only what is listened to is synthesised
+    speaking: KimiAudio
+    cache: Cache  # of the callers' sound
+
+    @classmethod
+    def load(cls, checkpoint: Path, corpus: Path) -> Shop:
+        """A whole checkpoint, and the corpus whose sound its callers have. Raises CheckpointError."""
+        return cls(KimiAudio(checkpoint, False, device="cpu"), KimiAudio(checkpoint, device="cpu"), Cache(corpus))
+
+    def answer(self, example: Example, voice: Voice, line: Line, noise: np.random.Generator) -> TurnDone:
+        """The last answer of a call; the answers before it are the model's own."""
+        chat: list[dict[str, Any]] = []
+        for part in example.parts:
+            if part.role == "assistant":
+                chat.append(self._turn(chat, "both").message())
+            elif part.kind == "text":
+                chat.append({"role": "user", "message_type": "text", "content": part.text})
+            else:
+                wave = np.ascontiguousarray(line(self._wave(part, voice, noise)), np.float32)
+                chat.append({"role": "user", "message_type": "audio", "content": (wave, HEARING_RATE)})
+        return self._turn(chat, "both" if example.spoken else "text")
+
+    def said(self, text: str, preset: Preset) -> np.ndarray:
+        """A given text as sound, (S,) at the speaking rate."""
+        return self.speaking.say(text, preset=preset.name, **OPTIONS)[0].numpy()
+
+    def speech(self, codes: Sequence[int], preset: Preset) -> np.ndarray:
+        """Codes as sound, (S,) at the speaking rate."""
+        assert self.speaking.detokenizer is not None
+        return self.speaking.detokenizer.synthesize(list(codes), preset, OPTIONS["seed"]).numpy()
+
+    def _turn(self, chat: Sequence[Mapping[str, Any]], output: OutputType) -> TurnDone:
+        *_, done = self.silent.stream(chat, output, **OPTIONS)
+        assert isinstance(done, TurnDone)
+        return done
+
+    def _wave(self, part: Part, voice: Voice, noise: np.random.Generator) -> np.ndarray:
+        if part.kind == "sound":
+            return sound(part.text, noise)
+        wave = resampled_speech(self.cache.speech(voice, part.text))
+        return wave if part.pace == 1.0 else resampled(wave, part.pace)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was answered to an example."""
+
+    wanted: str
+    done: TurnDone
+
+    @property
+    def codes(self) -> Sequence[int]:
+        """Of the spoken answer."""
+        return self.done.result.audio_codes
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions to a shop: `items` of each task and group of voices, `listen` of which a judge listens to."""
+
+    shop: Shop
+    items: int
+    listen: int
+
+    def rows(self) -> Iterator[Row]:
+        """All measures."""
+        for name, line in LINES.items():
+            yield f"transcription{name}: words wrong", self._each(transcribe, line, words_wrong)
+            yield from self._calls(name, line)
+        yield "memory over turns: answers wrong", self._each(recall, direct, answers_wrong)
+        for task, what in ((question, "what a caller wants"), (caption, "captions"), (style, "style of speaking")):
+            yield f"{what}: answers wrong", self._each(task, direct, answers_wrong)
+        sounds = self._told(name_sound, (SPEAKER,), direct)
+        yield "sound events: answers wrong", (str(answers_wrong(sounds)), "", "")
+        yield from self._given_texts()
+
+    def _calls(self, name: str, line: Line) -> Iterator[Row]:
+        """Spoken answers to single questions; as text, and as they sound."""
+        groups = [self._told(one_call, voices, line) for voices in VOICES.values()]
+        yield f"calls{name}: intents wrong, as written", tuple(str(intents_wrong(told)) for told in groups)
+        yield f"calls{name}: answers wrong, as written", tuple(str(answers_wrong(told)) for told in groups)
+        if line is not direct:
+            return
+        for preset in PRESETS.values():
+            heard = [[self._heard(one, preset) for one in told[: self.listen]] for told in groups]
+            own = [[one.done.text for one in told[: self.listen]] for told in groups]
+            wanted = [[one.wanted for one in told[: self.listen]] for told in groups]
+            yield (
+                f"calls, {preset.name}: words heard that are not in the answer's text",
+                tuple(str(errors(*pair, words=True)) for pair in zip(own, heard, strict=True)),
+            )
+            yield (
+                f"calls, {preset.name}: intents wrong, as heard",
+                tuple(str(errors(*map(intents, pair))) for pair in zip(wanted, heard, strict=True)),
+            )
+
+    def _given_texts(self) -> Iterator[Row]:
+        """Texts that are to be spoken."""
+        rng = random.Random("say")
+        texts = [say(rng, held_out=True).answer for _ in range(self.listen)]
+        for preset in PRESETS.values():
+            heard = [transcript(self.shop.said(text, preset)) for text in texts]
+            yield f"say, {preset.name}: words heard wrongly", (str(errors(texts, heard, words=True)), "", "")
+
+    def _heard(self, told: Told, preset: Preset) -> str:
+        return transcript(self.shop.speech(told.codes, preset)) if told.codes else ""
+
+    def _each(self, task: Task, line: Line, measure: Callable[[Sequence[Told]], ErrorRate]) -> tuple[str, ...]:
+        return tuple(str(measure(self._told(task, voices, line))) for voices in VOICES.values())
+
+    def _told(self, task: Task, voices: Sequence[Voice], line: Line) -> list[Told]:
+        """Held-out examples in these voices with their answers; the same examples for every checkpoint and line."""
+        rng, noise = random.Random(task.__name__), np.random.default_rng(self.items)
+        examples = [(task(rng, held_out=True), rng.choice(voices)) for _ in range(self.items)]
+        shown = tqdm(examples, desc=task.__name__, disable=None)
+        return [Told(example.answer, self.shop.answer(example, voice, line, noise)) for example, voice in shown]
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------
+
+
+def errors(wanted: Sequence[str], told: Sequence[str], *, words: bool = False) -> ErrorRate:
+    """Words wrong, or whole answers; as judges compare them."""
+    pairs = [[comparable(text) for text in texts] for texts in (wanted, told)]
+    if words:
+        return error_rate(*pairs, words=True)
+    return error_rate(*([text.replace(" ", "_") or "-" for text in texts] for texts in pairs), words=True)
+
+
+def words_wrong(told: Sequence[Told]) -> ErrorRate:
+    """Of written answers."""
+    return errors([one.wanted for one in told], [one.done.text for one in told], words=True)
+
+
+def answers_wrong(told: Sequence[Told]) -> ErrorRate:
+    """Of written answers; one word wrong is all wrong."""
+    return errors([one.wanted for one in told], [one.done.text for one in told])
+
+
+def intents(answers: Sequence[str]) -> list[str]:
+    """What each answer is about."""
+    return [intent_of(answer) for answer in answers]
+
+
+def intents_wrong(told: Sequence[Told]) -> ErrorRate:
+    """Of written answers."""
+    return errors(intents([one.wanted for one in told]), intents([one.done.text for one in told]))
