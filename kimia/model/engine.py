@@ -10,11 +10,17 @@ The rules of the tracks are those of the twin (`TurnTracks`). Nothing depends on
 turn in pieces that begin at the same positions always; its last position and every step after it, replayed ones too,
 go through the decode step of `kimia.model.fused` at the full number of rows. An answer is therefore the same, bit by
 bit, alone and among others, in one go and taken up again. From the twin it differs by rounding.
+
+An answer of a named conversation begins with the KV that the conversation's last one has left (`kimia.model.prefix`):
+
+    engine.keep(answer, spoken)                 # when it has ended: what follows the prompt in the history
+    while engine.read_ahead(conversation):      # in idle time
+        pass
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -25,6 +31,7 @@ from kimia.model.fused import FusedLM, RowFeed, Wanted
 from kimia.model.generate import GenerateOptions, Step, TrackTokens, TurnTracks
 from kimia.model.lm import DualTrackLM, Row, stack
 from kimia.model.philox import Track, uniform
+from kimia.model.prefix import Ahead, PieceContent, Prefix, Prefixes, content_of
 from kimia.model.sampler import TrackSampling, draw
 from kimia.model.turn_cache import TurnCache
 
@@ -34,12 +41,18 @@ PIECE = {"cpu": 64, "cuda": 512}  # positions of the prompt that are read at a t
 class Answer:
     """One turn in the engine: its prompt, its tracks and its cache. A state object; it belongs to no row."""
 
-    def __init__(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions, cache: TurnCache) -> None:
+    def __init__(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions, prefix: Prefix) -> None:
         self.prompt = prompt
         self.tracks = TurnTracks(tokens, options)
-        self.cache = cache
+        self.prefix = prefix  # the pieces that are read, for whom they may serve again
+        self.reused = 0  # positions that had been read for an earlier turn
         self.uniforms = options.uniforms or partial(uniform, options.seed)
         self._feed = (prompt.audio_ids[-1], prompt.text_ids[-1])
+
+    @property
+    def cache(self) -> TurnCache:
+        """Its keys and values."""
+        return self.prefix.cache
 
     @property
     def waits_for_prefill(self) -> bool:
@@ -78,14 +91,19 @@ class Answer:
 class Engine:
     """The language model answering up to `rows` turns per step."""
 
-    def __init__(self, lm: DualTrackLM, rows: int) -> None:
+    def __init__(self, lm: DualTrackLM, rows: int, prefixes: Prefixes | None = None) -> None:
+        """Without `prefixes` nothing is kept between turns."""
         self.lm = lm
         self.rows = rows
         self.piece = PIECE[lm.device.type]
+        self.prefixes = Prefixes(limit=0) if prefixes is None else prefixes
         self._fused = FusedLM(lm, rows)
 
-    def begin(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions) -> Answer:
-        """A turn, nothing computed yet. Raises ParameterError as `generate` does, and for what exceeds the context."""
+    def begin(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions, conversation: str = "") -> Answer:
+        """A turn, nothing computed yet; `conversation` names it for its next turn ("": it has none).
+
+        Raises ParameterError as `generate` does, and for what exceeds the context.
+        """
         if options.output_type == "both" and self.lm.text_only:
             raise ParameterError("the model was loaded for text only; load it with its audio branch to make speech")
         if any(begin + codes >= len(prompt.audio_ids) for begin, codes in prompt.segments):
@@ -97,22 +115,90 @@ class Engine:
                 f"{len(prompt.audio_ids)} positions and {options.max_steps} steps exceed the context of "
                 f"{self.lm.config.max_positions}"
             )
-        return Answer(prompt, tokens, options, self._fused.new_cache(audio=options.output_type == "both"))
+        cache = self._fused.new_cache(audio=options.output_type == "both")
+        return Answer(prompt, tokens, options, Prefix(cache, conversation if self.prefixes.limit else ""))
 
     @torch.inference_mode()
     def prefill(self, answer: Answer) -> None:
-        """Read the next piece of the prompt. Raises AudioError when continuous features do not fit."""
-        begin = answer.cache.length
-        end = min(begin + self.piece, len(answer.prompt.audio_ids) - 1)
-        batch = stack([part(answer.prompt, begin, end)], self.lm.device)
-        answer.cache.reserve(end)
-        extent = self.lm.extent(batch.counts, answer.cache)
+        """Read the next piece of the prompt that is not there yet. Raises AudioError when features do not fit."""
+        if answer.cache.length == 0:
+            self._take_up(answer)
+        if answer.waits_for_prefill:
+            end = len(answer.prompt.audio_ids) - 1
+            self._read(answer.prompt, end, answer.prefix, text=answer.tracks.draws_text, audio=answer.tracks.speaks)
+
+    def _read(self, row: Row, end: int, prefix: Prefix, *, text: bool, audio: bool) -> None:
+        """Read the next piece of a row, no further than `end`."""
+        begin, cache = prefix.cache.length, prefix.cache
+        end = min(begin + self.piece, end)
+        piece = part(row, begin, end)
+        batch = stack([piece], self.lm.device)
+        cache.reserve(end)
+        extent = self.lm.extent(batch.counts, cache)
         hidden = self.lm.trunk(self.lm.embed(batch), extent)
-        if answer.tracks.draws_text:
+        if text:
             self.lm.text_branch(hidden, extent)
-        if answer.tracks.speaks:
+        if audio:
             self.lm.audio_branch(hidden, extent)
-        answer.cache.advance(end - begin)
+        cache.advance(end - begin)
+        if prefix.conversation and end - begin == self.piece:
+            prefix.note(content_of(piece), text=text, audio=audio)
+
+    # ---- between the turns of a conversation ----
+
+    def _take_up(self, answer: Answer) -> None:
+        """Begin with what is kept of the conversation, as far as the prompt begins with it."""
+        tracks, conversation = answer.tracks, answer.prefix.conversation
+        found = self.prefixes.take(
+            conversation, self._contents(answer.prompt), text=tracks.draws_text, audio=tracks.speaks
+        )
+        if found is not None:
+            answer.prefix, pieces = found
+            answer.prefix.cut(pieces, self.piece)
+            answer.reused = answer.cache.length
+
+    def _contents(self, prompt: Row) -> Iterator[PieceContent]:
+        """What the prompt's whole pieces contain, its last position left out: that one takes the decode step."""
+        for begin in range(0, len(prompt.audio_ids) - self.piece, self.piece):
+            yield content_of(part(prompt, begin, begin + self.piece))
+
+    def keep(self, answer: Answer, after: Row | None = None) -> None:
+        """An answer has ended: keep the KV of its prompt for the conversation's next turn.
+
+        `after` is what the history then has behind the prompt, to be read ahead; it has no continuous features.
+        """
+        prefix, prompt = answer.prefix, answer.prompt
+        if not prefix.conversation:
+            return
+        prefix.cut(len(prefix.contents), self.piece)
+        prefix.ahead = None
+        if after is not None:
+            row = Row(
+                (*prompt.audio_ids, *after.audio_ids),
+                (*prompt.text_ids, *after.text_ids),
+                prompt.segments,
+                prompt.features,
+            )
+            prefix.ahead = Ahead(row, answer.tracks.speaks)
+        self.prefixes.keep(prefix)
+
+    @torch.inference_mode()
+    def read_ahead(self, conversation: str) -> bool:
+        """Read one whole piece of the history that the conversation's next prompt will begin with.
+
+        False when there is none left, or when nothing is kept any more.
+        """
+        prefix = self.prefixes.get(conversation)
+        if prefix is None or prefix.ahead is None:
+            return False
+        ahead = prefix.ahead
+        prefix.cut(prefix.held(text=True, audio=ahead.audio), self.piece)  # pieces that lack a branch are read again
+        end = prefix.cache.length + self.piece
+        if end > len(ahead.row.audio_ids):
+            prefix.ahead = None  # with the features that it holds
+            return False
+        self._read(ahead.row, end, prefix, text=True, audio=ahead.audio)
+        return True
 
     @torch.inference_mode()
     def step(self, answers: Sequence[Answer]) -> list[Step | KimiaError]:
@@ -121,6 +207,13 @@ class Engine:
         text, audio = self._fused.step([answer.feed() for answer in answers], wanted)
         text_ids, audio_ids = _drawn(text, Track.TEXT, answers), _drawn(audio, Track.AUDIO, answers)
         return [_recorded(*each) for each in zip(answers, text_ids, audio_ids, strict=True)]
+
+
+def context_bytes(lm: DualTrackLM) -> int:
+    """Memory of the KV of one turn that fills the context."""
+    config = lm.config
+    slots = config.layers + (0 if lm.text_only else config.mimo_layers)
+    return 2 * slots * config.kv_heads * config.head_dim * config.max_positions * lm.lm_head.weight.itemsize
 
 
 def part(row: Row, begin: int, end: int) -> Row:

@@ -65,6 +65,10 @@ class TurnCache:
         """So many positions have been written."""
         self.length += positions
 
+    def cut(self, positions: int) -> None:
+        """Forget what lies behind so many positions; the room stays."""
+        self.length = min(self.length, positions)
+
     def next_position(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Where each slot's next key and value belong, and what its query then sees.
 

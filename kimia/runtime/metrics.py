@@ -64,6 +64,19 @@ JOBS_WAITING = Gauge(
     "kimia_jobs_waiting", "Turns queued for the stage and not claimed; above 0 for long: an alarm", ["stage"]
 )
 
+# ---- the language model ----
+PREFIX_TURNS = Counter(
+    "kimia_prefix_turns",
+    "Later turns of conversations, by outcome: hit (KV of the beginning of their prompt was there), miss",
+    ["outcome"],
+)
+PREFIX_POSITIONS = Counter(
+    "kimia_prefix_positions",
+    "Positions of the prompts of later turns, by outcome: hit (their KV was there), miss (they were read)",
+    ["outcome"],
+)
+PREFIX_BYTES = Gauge("kimia_prefix_bytes", "Memory of the KV that is kept for conversations' next turns")
+
 # ---- the orchestrator ----
 FIRST_TEXT = Histogram("kimia_first_text_seconds", "Seconds from a turn's start to its first text (TTFT)", buckets=FELT)
 FIRST_AUDIO = Histogram(

@@ -63,6 +63,12 @@ class Settings(BaseSettings):
         "", description="Type of weights and activations. Empty: bfloat16 on CUDA, float32 on the CPU"
     )
     rows: int = Field(4, ge=1, description="Turns that a stage computes at once")
+    prefix_bytes: int = Field(
+        -1,
+        ge=-1,
+        description="Bytes of KV, that of running turns counted, up to which a conversation's is kept for its next "
+        "turn. -1: what `KIMIA_ROWS` turns that fill the context take; 0: none is kept",
+    )
     threads: int = Field(0, ge=0, description="Threads of torch on the CPU. 0: as torch chooses")
 
     # ---- gRPC ----

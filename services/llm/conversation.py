@@ -15,6 +15,7 @@ from kimia.errors import AudioError, ConversationError
 from kimia.model.config import LMConfig
 from kimia.model.conversation import Message, Role
 from kimia.model.encode import EncodedAudio
+from kimia.model.generate import Result
 from kimia.model.prompt import Encoded as EncodedClip
 from kimia.pipeline import CodesOnly
 from kimia.v1 import conversation_pb2
@@ -83,6 +84,23 @@ class _Reader:
             if token >= end:
                 raise ConversationError(f"{name}[{position}] must be in 0..{end - 1}, got {token}", self.index)
         return tuple(ids)
+
+
+def spoken_message(result: Result, config: LMConfig, heard: int | None = None) -> Message:
+    """An answer as the conversation's next turn will be told of it; `heard` keeps its first codes only.
+
+    The rule is that of `orchestrator.memory.answer_of`.
+    """
+    if not result.returned_audio:
+        return Message("assistant", "text", text_tokens=result.text_ids)
+    codes = result.audio_codes[:heard]
+    led = result.returned_text[: config.audio_delay + len(codes)]
+    return Message(
+        "assistant",
+        "audio-text",
+        audio_tokens=tuple(config.token_offset + code for code in codes),
+        text_tokens=tuple(token for token in led if token < config.token_offset),
+    )
 
 
 # ---- clips ------------------------------------------------------------------------------------------------------

@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from kimia.compute import ComputeThread, open_model, replayed
 from kimia.errors import ParameterError
 from kimia.model.conversation import Message
-from kimia.model.engine import Engine
-from kimia.model.generate import GenerateOptions, Step, TrackTokens
-from kimia.model.lm import DualTrackLM, load_lm
+from kimia.model.engine import Engine, context_bytes
+from kimia.model.generate import GenerateOptions, Step, TrackTokens, collect
+from kimia.model.lm import DualTrackLM, Row, load_lm
+from kimia.model.prefix import Prefixes
 from kimia.model.presets import UPSTREAM
 from kimia.model.prompt import Prompt, build_prompt
 from kimia.model.text import TextTokenizer
 from kimia.pipeline import TextTrack, answer_steps, prompt_row, track_tokens
+from kimia.runtime.metrics import PREFIX_POSITIONS, PREFIX_TURNS
 from kimia.runtime.settings import Settings
 from kimia.stage import LLM, StageKind
 from kimia.v1 import conversation_pb2, turn_pb2
@@ -33,9 +35,9 @@ from kimia.v1.turn_pb2 import (
     Turn,
 )
 from services.llm.budget import Fitted, answer_room, fit, turn_starts
-from services.llm.conversation import gather_clips, join_clips, read_messages
+from services.llm.conversation import gather_clips, join_clips, read_messages, spoken_message
 from services.llm.options import AnswerOptions, read_options
-from services.llm.scheduler import Scheduler
+from services.llm.scheduler import Answering, Scheduler
 
 STOPS: dict[str | None, StopReason.ValueType] = {
     None: STOP_REASON_UNSPECIFIED,
@@ -51,12 +53,20 @@ class LanguageModelStage:
 
     kind: StageKind = LLM
 
-    def __init__(self, lm: DualTrackLM, tokenizer: TextTokenizer, compute: ComputeThread, rows: int) -> None:
+    def __init__(
+        self,
+        lm: DualTrackLM,
+        tokenizer: TextTokenizer,
+        compute: ComputeThread,
+        rows: int,
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        """`prefixes` keep what turns have read for the next turns of their conversations; without, nothing does."""
         self.lm = lm
         self.tokenizer = tokenizer
         self.compute = compute
         self.tokens = track_tokens(lm.config, tokenizer)
-        self.scheduler = Scheduler(Engine(lm, rows), compute)
+        self.scheduler = Scheduler(Engine(lm, rows, prefixes), compute)
 
     @classmethod
     def load(cls, settings: Settings) -> LanguageModelStage:
@@ -65,7 +75,9 @@ class LanguageModelStage:
         root = place.checkpoint.root
         tokenizer = TextTokenizer.load(root, place.configs.lm)
         lm = load_lm(root, device=place.device, dtype=place.dtype)
-        return cls(lm, tokenizer, ComputeThread(settings.threads), settings.rows)
+        memory = settings.prefix_bytes if settings.prefix_bytes >= 0 else settings.rows * context_bytes(lm)
+        prefixes = Prefixes(memory, settings.turn_ttl_seconds)
+        return cls(lm, tokenizer, ComputeThread(settings.threads), settings.rows, prefixes)
 
     async def warm_up(self) -> None:
         """Answer a greeting with a few steps of both tracks."""
@@ -92,10 +104,12 @@ class LanguageModelStage:
         fitted = await compute.run(self._fitted, asked, messages, pieces)
         replay = tuple((chunk.step.text_id, chunk.step.audio_id) for chunk in published)
         options = GenerateOptions(asked.output_type, fitted.steps, asked.sampling, asked.seed, None, asked.say, replay)
-        answering = self.scheduler.join(prompt_row(fitted.prompt), self.tokens, options)
+        answering = self.scheduler.join(prompt_row(fitted.prompt), self.tokens, options, conversation_of(turn))
         answer = AnswerChunks(self.tokenizer, self.tokens, asked)
+        steps: list[Step] = []
         try:
             while (step := await answering.next()) is not None:
+                steps.append(step)
                 chunk = answer.chunk(step)
                 if step.stop is not None:
                     chunk.final = True
@@ -103,7 +117,16 @@ class LanguageModelStage:
                 if not step.replayed:
                     yield chunk
         finally:
-            answering.leave()
+            answering.leave(self._remembered(asked, steps) if steps else None)
+            if steps and any(message.role == "assistant" for message in messages[fitted.dropped :]):
+                _count(answering, fitted)
+
+    def _remembered(self, asked: AnswerOptions, steps: Sequence[Step]) -> Row:
+        """What stands behind the prompt when the conversation goes on after these steps."""
+        result = collect(steps, self.tokens, asked.output_type)
+        spoken = spoken_message(result, self.lm.config)
+        prompt = build_prompt([spoken], {}, asked.output_type, self.lm.config, self.tokenizer, False)
+        return Row(prompt.audio_ids[1:], prompt.text_ids[1:])  # the start of the answer ends the turn's own prompt
 
     def _fitted(
         self, asked: AnswerOptions, messages: Sequence[Message], pieces: Mapping[int, Sequence[Encoded]]
@@ -151,6 +174,19 @@ class AnswerChunks:
         if step.audio_id >= self._tokens.token_offset:
             entry.code = step.audio_id - self._tokens.token_offset
         return Chunk(index=step.index, step=entry)
+
+
+def conversation_of(turn: Turn) -> str:
+    """Names the conversation that a turn belongs to, of its tenant's; "": none that goes on."""
+    return f"{turn.caller.tenant} {turn.session_id}" if turn.session_id else ""
+
+
+def _count(answering: Answering, fitted: Fitted) -> None:
+    """Note how much of a later turn's prompt was there already."""
+    reused = answering.answer.reused
+    PREFIX_TURNS.labels("hit" if reused else "miss").inc()
+    PREFIX_POSITIONS.labels("hit").inc(reused)
+    PREFIX_POSITIONS.labels("miss").inc(len(fitted.prompt) - reused)
 
 
 def _report(seconds: float, fitted: Fitted, last: Step) -> StageReport:

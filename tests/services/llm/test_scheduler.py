@@ -10,9 +10,11 @@ import torch
 
 from kimia.compute import ComputeThread
 from kimia.errors import NumericsError
-from kimia.model.engine import Engine
+from kimia.model.engine import Engine, context_bytes
 from kimia.model.generate import GenerateOptions, generate
-from kimia.model.lm import DualTrackLM
+from kimia.model.lm import DualTrackLM, Row
+from kimia.model.prefix import Prefixes
+from kimia.runtime.metrics import PREFIX_BYTES
 from services.llm.scheduler import Answering, Scheduler
 from tests.model.tiny_lm import TOKENS, random_lm, random_row
 
@@ -30,8 +32,8 @@ def lm() -> DualTrackLM:
 class Watched:
     """A scheduler, and what its engine was asked to do: ("read", turn) and ("step", turn, ...), by order of joining."""
 
-    def __init__(self, lm: DualTrackLM, rows: int) -> None:
-        self.engine = Engine(lm, rows)
+    def __init__(self, lm: DualTrackLM, rows: int, prefixes: Prefixes | None = None) -> None:
+        self.engine = Engine(lm, rows, prefixes)
         self.compute = ComputeThread()
         self.scheduler = Scheduler(self.engine, self.compute)
         self.turns: list[Answering] = []
@@ -51,8 +53,9 @@ class Watched:
     def _number(self, answer) -> int:
         return next(number for number, turn in enumerate(self.turns) if turn.answer is answer)
 
-    def join(self, prompt=SHORT, steps=20, **options) -> Answering:
-        self.turns.append(self.scheduler.join(prompt, TOKENS, GenerateOptions("both", steps, **options)))
+    def join(self, prompt=SHORT, steps=20, conversation="", **options) -> Answering:
+        options = GenerateOptions("both", steps, **options)
+        self.turns.append(self.scheduler.join(prompt, TOKENS, options, conversation))
         return self.turns[-1]
 
     async def idle(self) -> None:
@@ -204,3 +207,134 @@ async def test_time_is_shared_between_those_who_compute_together(watched: Watche
     await asyncio.gather(*map(all_of, turns))
     assert sum(turn.seconds for turn in turns) == pytest.approx(watched.scheduler._compute.seconds)
     assert all(turn.seconds > 0 for turn in turns)
+
+
+# ---- the next turn of a conversation ------------------------------------------------------------------------------
+
+PROMPT, SPOKEN, QUESTION = random_row(150, seed=13), random_row(90, seed=14), random_row(30, seed=15)
+NEXT = Row(
+    PROMPT.audio_ids + SPOKEN.audio_ids + QUESTION.audio_ids, PROMPT.text_ids + SPOKEN.text_ids + QUESTION.text_ids
+)
+
+
+@pytest.fixture
+def keeping(lm: DualTrackLM) -> Iterator[Watched]:
+    watched = Watched(lm, rows=4, prefixes=Prefixes(8 * context_bytes(lm)))
+    ahead = watched.engine.read_ahead
+    watched.engine.read_ahead = lambda name: watched.log.append(("ahead", name)) or ahead(name)
+    yield watched
+    watched.compute.close()
+
+
+async def first_turn(watched: Watched, conversation: str = "c", prompt: Row = PROMPT) -> None:
+    turn = watched.join(prompt, conversation=conversation, seed=5)
+    while await turn.next() is not None:
+        pass
+    turn.leave(SPOKEN)
+
+
+async def second_turn(watched: Watched, conversation: str = "c") -> int:
+    """Its answer is that of a whole prefill; how much it reused."""
+    turn, alone = (watched.join(NEXT, conversation=name, seed=6) for name in (conversation, ""))
+    one, other = await asyncio.gather(all_of(turn), all_of(alone))
+    assert one == other
+    return turn.answer.reused
+
+
+async def test_in_idle_time_the_history_is_read_ahead(keeping: Watched) -> None:
+    await first_turn(keeping)
+    await keeping.idle()
+    assert keeping.log[-2:] == [("ahead", "c")] * 2  # one piece, and none left
+    assert PREFIX_BYTES._value.get() == keeping.engine.prefixes.nbytes > 0
+    assert await second_turn(keeping) == 192
+
+
+async def test_a_turn_that_comes_at_once_finds_what_was_read(keeping: Watched) -> None:
+    await first_turn(keeping)
+    assert await second_turn(keeping) == 128
+
+
+async def test_nothing_is_read_ahead_while_somebody_asks(keeping: Watched) -> None:
+    speaking = keeping.join(forced_text=(1,) * 90, steps=60, seed=9)
+    await speaking.next()
+    await first_turn(keeping)
+    keeping.log.clear()
+    await all_of(speaking)
+    assert ("ahead", "c") not in keeping.log
+    assert len(keeping.log) > 5
+    await keeping.idle()
+    assert keeping.log[-2:] == [("ahead", "c")] * 2
+
+
+async def test_turns_that_have_what_they_need_for_now_hinder_nothing(keeping: Watched) -> None:
+    parked = keeping.join(forced_text=(1,) * 90, steps=60, seed=9)
+    await parked.next()
+    await first_turn(keeping)
+    await keeping.idle()
+    assert keeping.log[-2:] == [("ahead", "c")] * 2
+    assert len(await all_of(parked)) > 5
+
+
+async def test_who_asks_while_it_is_quiet_comes_first(keeping: Watched) -> None:
+    waiting = keeping.join(forced_text=(1,) * 90, steps=60, seed=9)
+    await waiting.next()
+    await keeping.idle()
+    await first_turn(keeping)
+    keeping.log.clear()
+    await waiting.next()
+    assert keeping.log == []  # it was there already
+    await waiting.next()
+    assert keeping.log[0] == ("step", 0)
+    waiting.leave()
+
+
+async def test_what_is_kept_makes_way_for_the_caches_of_turns(keeping: Watched) -> None:
+    await first_turn(keeping)
+    await keeping.idle()
+    keeping.engine.prefixes.limit = keeping.engine.prefixes.nbytes + 1
+    await all_of(keeping.join(LONG, steps=2))
+    assert len(keeping.engine.prefixes) == 0
+    assert await second_turn(keeping) == 0
+
+
+async def test_a_conversation_is_forgotten(keeping: Watched) -> None:
+    await first_turn(keeping)
+    keeping.scheduler.forget("c")
+    await keeping.idle()
+    assert len(keeping.engine.prefixes) == 0
+    assert PREFIX_BYTES._value.get() == 0
+
+
+async def test_a_conversation_that_does_not_go_on_is_forgotten(keeping: Watched, monkeypatch) -> None:
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda *call: calls.append(call))
+    calls: list[tuple] = []
+    await first_turn(keeping)
+    await keeping.idle()
+    monkeypatch.undo()
+    [(seconds, expire, *what)] = [call for call in calls if call[0] > 60]
+    assert seconds == keeping.engine.prefixes.life + 1
+    expire(*what)
+    await keeping.idle()
+    assert len(keeping.engine.prefixes) == 1
+    keeping.engine.prefixes.life = 0
+    expire(*what)
+    await keeping.idle()
+    assert len(keeping.engine.prefixes) == 0
+
+
+async def test_what_goes_wrong_in_idle_time_harms_nobody(keeping: Watched, monkeypatch) -> None:
+    monkeypatch.setattr(keeping.engine, "read_ahead", lambda name: 1 / 0)
+    await first_turn(keeping)
+    await keeping.idle()
+    assert len(keeping.engine.prefixes) == 0
+    assert await second_turn(keeping) == 0
+
+
+async def test_nothing_is_kept_of_a_turn_that_broke(keeping: Watched, monkeypatch) -> None:
+    monkeypatch.setattr(keeping.engine, "step", lambda answers: 1 / 0)
+    turn = keeping.join(PROMPT, conversation="c")
+    with pytest.raises(ZeroDivisionError):
+        await turn.next()
+    turn.leave()
+    await keeping.idle()
+    assert len(keeping.engine.prefixes) == 0

@@ -4,11 +4,16 @@ import asyncio
 
 import pytest
 
+from kimia.compute import ComputeThread
 from kimia.errors import ContextLengthError, ConversationError, KimiaError, ParameterError
+from kimia.model.engine import context_bytes
 from kimia.model.generate import Step
+from kimia.model.prefix import Prefixes
+from kimia.runtime.metrics import PREFIX_POSITIONS, PREFIX_TURNS
 from kimia.runtime.settings import Settings
 from kimia.v1.conversation_pb2 import ROLE_ASSISTANT, TrackSampling
 from kimia.v1.turn_pb2 import STOP_REASON_MAX_NEW_TOKENS, STOP_REASON_UNSPECIFIED, Chunk, Encoded
+from orchestrator.memory import answer_of
 from services.llm.options import read_options
 from services.llm.stage import AnswerChunks, LanguageModelStage
 from tests.golden_data import golden
@@ -169,6 +174,113 @@ async def test_a_last_turn_that_does_not_fit_is_refused(stage: LanguageModelStag
     long = text("§" * 4096)
     with pytest.raises(ContextLengthError, match="message 2"):
         await ran(stage, turn([*exchange(3), long], "llm"), [])
+
+
+# ---- the next turn of a conversation ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def keeping(model):
+    compute = ComputeThread()
+    yield LanguageModelStage(model.lm, model.tokenizer, compute, 4, Prefixes(4 * context_bytes(model.lm)))
+    compute.close()
+
+
+async def rested(stage: LanguageModelStage) -> None:
+    """Until everything that can be read ahead has been."""
+    while not stage.scheduler._pump.done():
+        await asyncio.sleep(0)
+
+
+def counted() -> tuple[float, ...]:
+    turns, positions = (metric.labels("hit")._value.get() for metric in (PREFIX_TURNS, PREFIX_POSITIONS))
+    missed, read = (metric.labels("miss")._value.get() for metric in (PREFIX_TURNS, PREFIX_POSITIONS))
+    return turns, missed, positions, read
+
+
+async def conversation(stage: LanguageModelStage, stages, heard_codes: int | None = None, **options):
+    """A turn with sound, its answer as the orchestrator remembers it, and the next turn; what its inbox has."""
+    said = turn([text("§" * 25), heard(), text("Well?")], "llm", 3, **{**SAMPLED, "max_new_tokens": 90, **options})
+    encoded = await ran(stages["tokenizer"], said, sound_log(QUESTION.read_bytes()))
+    answer = answer_of(await ran(stage, said, encoded), heard_codes).message
+    options = {**SAMPLED, **options, "max_new_tokens": 9, "say": None}
+    again = turn([*said.messages, answer, text("And then?")], "llm", 4, **options)
+    return said, answer, again, encoded
+
+
+async def test_the_next_turn_finds_its_history_as_it_is_remembered(keeping, stage, stages) -> None:
+    """Pieces of 64 positions: all that lie wholly within what the orchestrator tells of the turn before."""
+    before = counted()
+    _, _, again, encoded = await conversation(keeping, stages)
+    await rested(keeping)
+    there = without_time(await ran(keeping, again, encoded))
+    assert there == without_time(await ran(stage, again, encoded))
+    positions = there[-1].report.prompt_positions
+    assert positions > 160
+    hits, misses, reused, read = (now - then for now, then in zip(counted(), before, strict=True))
+    assert (hits, misses) == (1, 1)  # the stage without a memory
+    behind = 5  # turn end, start of the user's, "And then?", its end, start of the answer: at least
+    assert reused == (positions - behind) // 64 * 64
+    assert read == 2 * positions - reused
+
+
+@pytest.mark.parametrize(
+    "options", [{"output_type": "text"}, {"say": "Your order is on its way. " * 3}], ids=["text", "say"]
+)
+async def test_every_kind_of_answer_is_remembered(keeping, stage, stages, options) -> None:
+    before = counted()
+    _, answer, again, encoded = await conversation(keeping, stages, **options)
+    assert answer.HasField("text") == ("output_type" in options)
+    await rested(keeping)
+    assert without_time(await ran(keeping, again, encoded)) == without_time(await ran(stage, again, encoded))
+    assert counted()[0] - before[0] == 1
+
+
+@pytest.mark.parametrize("heard_codes", [0, 70])
+async def test_what_was_not_heard_is_no_part_of_the_history(keeping, stage, stages, heard_codes: int) -> None:
+    """That is known only when the next turn comes: it finds what it has in common with what was made."""
+    before = counted()
+    _, _, again, encoded = await conversation(keeping, stages, heard_codes)
+    await rested(keeping)
+    there = without_time(await ran(keeping, again, encoded))
+    assert there == without_time(await ran(stage, again, encoded))
+    positions = there[-1].report.prompt_positions
+    assert counted()[2] - before[2] in ((positions - 5) // 64 * 64, (positions - 5) // 64 * 64 - 64)
+
+
+async def test_messages_that_were_dropped_shift_everything(keeping, stage) -> None:
+    """A context that is full begins elsewhere with the next turn."""
+    options = {"preset": "upstream", "max_new_tokens": 10, **SAMPLED}
+    said = turn([*exchange(700), *exchange(500), text("And now?")], "llm", 5, **options)
+    answer = answer_of(await ran(keeping, said, [])).message
+    again = turn([*said.messages, answer, text("§" * 200)], "llm", 6, **options)
+    await rested(keeping)
+    there = without_time(await ran(keeping, again, []))
+    assert there[-1].report.dropped_messages == 2
+    assert there == without_time(await ran(stage, again, []))
+
+
+async def test_a_turn_that_was_broken_off_leaves_what_it_has_read(keeping, stage, stages) -> None:
+    said, _, again, encoded = await conversation(stage, stages)
+    chunks = keeping.run(said, replayed(encoded))
+    for _ in range(3):
+        await anext(chunks)
+    await chunks.aclose()
+    before = counted()
+    await rested(keeping)
+    assert without_time(await ran(keeping, again, encoded)) == without_time(await ran(stage, again, encoded))
+    assert counted()[0] - before[0] == 1
+
+
+async def test_conversations_of_other_tenants_and_turns_without_one_share_nothing(keeping, stages) -> None:
+    _, _, again, encoded = await conversation(keeping, stages)
+    await rested(keeping)
+    before = counted()
+    again.caller.tenant = "other"
+    await ran(keeping, again, encoded)
+    again.session_id = ""
+    await ran(keeping, again, encoded)
+    assert counted()[:2] == (before[0], before[1] + 2)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
