@@ -9,6 +9,8 @@ from kimia.errors import ConversationError
 from kimia.v1.audio_pb2 import ENCODING_UNSPECIFIED, Clip
 from kimia.v1.conversation_pb2 import Message
 
+EARLY_SECONDS = 0.5  # of sound behind a segment that lets it be encoded before its clip ends: more than a filter holds
+
 
 @dataclass(frozen=True)
 class Sound:

@@ -170,8 +170,8 @@ def encode_clips(
     heard = [index for index in waves if messages[index].needs_features]
     spoken = [index for index in waves if not messages[index].needs_features]
     encoded: dict[int, Encoded] = dict(zip(heard, encoder.encode([waves[i] for i in heard]), strict=True))
-    for index, codes in zip(spoken, encoder.vq.encode([waves[i] for i in spoken]), strict=True):
-        encoded[index] = CodesOnly(tuple(codes.tolist()))
+    for index, codes in zip(spoken, encoder.codes([waves[i] for i in spoken]), strict=True):
+        encoded[index] = CodesOnly(codes)
     return encoded
 
 

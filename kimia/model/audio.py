@@ -9,10 +9,12 @@ loudness normalisation, silence trimming or dithering.
 from __future__ import annotations
 
 import io
+import math
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -137,21 +139,45 @@ def _decoded(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
         yield block
 
 
+class Resampling:
+    """Sound that comes block by block, as mono samples at `rate` Hz: bit-equal to resampling it at once."""
+
+    def __init__(self, sample_rate: int, rate: int, name: str = "the sound", max_seconds: float = MAX_SECONDS) -> None:
+        """Raises AudioError for a rate that no sound has; `name` is what later errors call the sound."""
+        _check_rate(sample_rate, name)
+        self._rates = sample_rate, rate
+        self._name = name
+        self._max_seconds = max_seconds
+        self._stream = (
+            None if sample_rate == rate else soxr.ResampleStream(sample_rate, rate, 1, "float32", quality="HQ")
+        )
+        self._read = 0  # samples taken
+        self._given = 0
+
+    def feed(self, block: np.ndarray) -> np.ndarray:
+        """The next samples (M,) float32 that a block (N, C) of full scale 1.0 completes. Raises AudioError."""
+        mono = _downmixed(block, self._name)
+        self._read += len(mono)
+        _check_seconds(self._read, self._rates[0], self._max_seconds, self._name)
+        wave = mono if self._stream is None else self._stream.resample_chunk(mono)
+        self._given += len(wave)
+        return wave
+
+    def finish(self) -> np.ndarray:
+        """The last samples: ceil(N * rate / sample_rate) in all. Raises AudioError when there were none."""
+        if not self._read:
+            raise AudioError(f"{self._name}: holds no samples (cut off, or never finished by its writer?)")
+        empty = np.zeros(0, np.float32)
+        rest = empty if self._stream is None else self._stream.resample_chunk(empty, last=True)
+        length = -(-self._read * self._rates[1] // self._rates[0]) - self._given
+        return np.pad(rest[:length], (0, max(0, length - len(rest))))
+
+
 def _resampled(blocks: Iterable[np.ndarray], sample_rate: int, rate: int, name: str) -> np.ndarray:
-    """Downmix and resample a stream of blocks (n, C), bit-equal to resampling at once; ceil(N * rate / sample_rate)."""
-    resampler = None if sample_rate == rate else soxr.ResampleStream(sample_rate, rate, 1, "float32", quality="HQ")
-    pieces, count = [], 0
-    for block in blocks:
-        mono = _downmixed(block, name)
-        count += len(mono)
-        pieces.append(mono if resampler is None else resampler.resample_chunk(mono))
-    if not count:
-        raise AudioError(f"{name}: holds no samples (cut off, or never finished by its writer?)")
-    if resampler is not None:
-        pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    wave = np.concatenate(pieces)
-    length = -(-count * rate // sample_rate)
-    return np.pad(wave[:length], (0, max(0, length - len(wave))))
+    """Downmix and resample a stream of blocks (n, C); its length is checked where it is known before."""
+    resampling = Resampling(sample_rate, rate, name, math.inf)
+    pieces = [resampling.feed(block) for block in blocks]
+    return np.concatenate([*pieces, resampling.finish()])
 
 
 def _downmixed(block: np.ndarray, name: str) -> np.ndarray:
@@ -198,6 +224,20 @@ def segments(wave: np.ndarray, segment_samples: int) -> list[np.ndarray]:
     if not len(wave):
         raise AudioError("the waveform holds no samples")
     return [wave[start : start + segment_samples] for start in range(0, len(wave), segment_samples)]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What an encoder reads at once, independent of all else."""
+
+    samples: np.ndarray  # (S,) float32
+    whole: bool  # the whole waveform; else one of several segments, the last of which is padded like the others
+
+
+def cut(wave: np.ndarray, segment_samples: int) -> list[Segment]:
+    """The segments of a waveform (N,). Raises AudioError as `segments` does."""
+    pieces = segments(wave, segment_samples)
+    return [Segment(piece, whole=len(pieces) == 1) for piece in pieces]
 
 
 class LogMel:

@@ -1,19 +1,30 @@
-"""One recording, both streams: semantic codes and continuous features of equal length, encoded together."""
+"""One recording, both streams: semantic codes and continuous features of equal length, encoded together.
+
+Segments are independent of each other, so those of any recordings may share an evaluation. On a GPU they do, and the
+two encoders, which share nothing, run on a stream each. On a CPU a batch takes no less time than its segments one by
+one (benchmarks/RESULTS.md), so each is evaluated alone: its numbers are the same bit by bit, whoever is beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kimia.errors import ConfigError
+from kimia.model.audio import BATCH_SEGMENTS, Segment, cut
 from kimia.model.checkpoint import Checkpoint
 from kimia.model.config import EncoderConfig, exact_div
 from kimia.model.vq import VQTokenizer, load_vq
 from kimia.model.whisper import WhisperFeatures, load_whisper
+
+SEGMENTS_AT_ONCE = {"cuda": BATCH_SEGMENTS, "cpu": 1}  # of one evaluation
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +42,12 @@ class AudioEncoder:
         self.vq = vq
         self.whisper = whisper
         _check_alike(vq, whisper)
+        self._beside: torch.cuda.Stream | None = None  # of the VQ tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where both encoders are."""
+        return self.vq.codebook.weight.device
 
     @property
     def sample_rate(self) -> int:
@@ -59,8 +76,59 @@ class AudioEncoder:
 
         The result does not depend on what else is in the call. Raises AudioError for empty or malformed waveforms.
         """
-        pairs = zip(self.vq.encode(waves), self.whisper.encode(waves), strict=True)
-        return [EncodedAudio(tuple(codes.tolist()), features) for codes, features in pairs]
+        return [joined(pieces) for pieces in self._by_segments(waves, self.encode_segments)]
+
+    def codes(self, waves: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+        """The semantic codes of waveforms alone; as `encode`."""
+        of_waves = self._by_segments(waves, self.codes_of_segments)
+        return [tuple(code for codes in pieces for code in codes) for pieces in of_waves]
+
+    # ---- segments ----
+
+    def cut(self, wave: np.ndarray) -> list[Segment]:
+        """The segments of a waveform (S,). Raises AudioError when it is empty or malformed."""
+        return cut(wave, self.vq.features.segment_samples)
+
+    def encode_segments(self, batch: Sequence[Segment]) -> list[EncodedAudio]:
+        """Both streams of each segment, all in one evaluation."""
+        codes, features = self._both(batch) if self.device.type == "cuda" else self._one_by_one(batch)
+        return [EncodedAudio(tuple(ids.tolist()), rows) for ids, rows in zip(codes, features, strict=True)]
+
+    def codes_of_segments(self, batch: Sequence[Segment]) -> list[tuple[int, ...]]:
+        """The semantic codes of each segment, all in one evaluation."""
+        return [tuple(ids.tolist()) for ids in self.vq.encode_segments(batch)]
+
+    def _by_segments(
+        self, waves: Sequence[np.ndarray], encode: Callable[[Sequence[Segment]], Sequence[R]]
+    ) -> Iterator[list[R]]:
+        """What is made of the segments of each waveform, as many evaluated together as the device gains from."""
+        cuts = [self.cut(wave) for wave in waves]
+        pieces = [piece for of_wave in cuts for piece in of_wave]
+        most = SEGMENTS_AT_ONCE[self.device.type]
+        encoded = iter([one for at in range(0, len(pieces), most) for one in encode(pieces[at : at + most])])
+        return ([next(encoded) for _ in of_wave] for of_wave in cuts)
+
+    def _one_by_one(self, batch: Sequence[Segment]) -> tuple[list[Tensor], list[Tensor]]:
+        return self.vq.encode_segments(batch), self.whisper.encode_segments(batch)
+
+    def _both(self, batch: Sequence[Segment]) -> tuple[list[Tensor], list[Tensor]]:
+        """The same, the VQ tokenizer beside Whisper on a stream of its own."""
+        here = torch.cuda.current_stream(self.device)
+        self._beside = self._beside or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._beside.wait_stream(here)  # the weights may still be on their way
+        with torch.cuda.stream(self._beside):
+            codes = self.vq.encode_segments(batch)
+        features = self.whisper.encode_segments(batch)
+        here.wait_stream(self._beside)
+        for ids in codes:
+            ids.record_stream(here)  # else their memory is used again while they are read here
+        return codes, features
+
+
+def joined(pieces: Sequence[EncodedAudio]) -> EncodedAudio:
+    """The segments of one recording, in order, as one."""
+    codes = tuple(code for piece in pieces for code in piece.codes)
+    return EncodedAudio(codes, torch.cat([piece.features for piece in pieces]))
 
 
 def _check_alike(vq: VQTokenizer, whisper: WhisperFeatures) -> None:

@@ -10,7 +10,6 @@ Shapes: B segments, M mel bins, T mel frames, J = T/2 encoder frames (50 Hz), K 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kimia.model.audio import BATCH_SEGMENTS, LogMel, segments
+from kimia.model.audio import BATCH_SEGMENTS, LogMel, Segment, cut
 from kimia.model.checkpoint import Source, load_strict, without
 from kimia.model.config import ENCODER_STRIDE, FeatureConfig, VQConfig, check_features
 from kimia.model.whisper import encoder_source, whisper_config
@@ -33,12 +32,6 @@ class CausalConv1d(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, T) to (B, d, ceil(T / stride)), zeros before the first input."""
         return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
-
-
-@dataclass(frozen=True)
-class _Segment:
-    samples: np.ndarray  # (S,)
-    padded: int  # samples of its mel spectrogram
 
 
 class VQTokenizer(nn.Module):
@@ -108,42 +101,46 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def hidden(self, waves: Sequence[np.ndarray]) -> list[Tensor]:
         """States before quantisation (N, d) of each waveform (S,)."""
-        cut = [self._segments(wave) for wave in waves]
-        pieces = [piece for of_wave in cut for piece in of_wave]
-        order = sorted(range(len(pieces)), key=lambda index: pieces[index].padded)  # like lengths share a batch
+        cuts = [cut(wave, self.features.segment_samples) for wave in waves]
+        pieces = [piece for of_wave in cuts for piece in of_wave]
+        order = sorted(range(len(pieces)), key=lambda index: self._padded(pieces[index]))  # like lengths share a batch
         encoded: dict[int, Tensor] = {}
         for start in range(0, len(order), BATCH_SEGMENTS):
             batch = order[start : start + BATCH_SEGMENTS]
-            encoded.update(zip(batch, self._encode_segments([pieces[index] for index in batch]), strict=True))
+            encoded.update(zip(batch, self._hidden([pieces[index] for index in batch]), strict=True))
         remaining = iter(range(len(pieces)))
-        return [torch.cat([encoded[next(remaining)] for _ in of_wave]) for of_wave in cut]
+        return [torch.cat([encoded[next(remaining)] for _ in of_wave]) for of_wave in cuts]
+
+    @torch.no_grad()
+    def encode_segments(self, batch: Sequence[Segment]) -> list[Tensor]:
+        """Codes (N,) int64 of each segment, all in one evaluation."""
+        return [self.quantize(hidden) for hidden in self._hidden(batch)]
 
     @torch.no_grad()
     def trace(self, wave: np.ndarray) -> Iterator[dict[str, Tensor]]:
         """Each segment's `mel` (M, T) and every state of the forward pass (J or K, d), padding included."""
-        for piece in self._segments(wave):
+        for piece in cut(wave, self.features.segment_samples):
             mel, samples = self._inputs([piece])
             yield {"mel": mel[0]} | {name: state[0] for name, state in self.states(mel, samples)}
 
-    def _segments(self, wave: np.ndarray) -> list[_Segment]:
-        """Segments of a waveform with their padding: alike within a waveform, so a long one pads its tail in full."""
-        pieces = segments(wave, self.features.segment_samples)
-        longest = max(len(pieces[0]), self.features.n_fft // 2 + 1)  # what the STFT's reflection needs
+    def _padded(self, segment: Segment) -> int:
+        """Samples of its mel spectrogram: alike within a waveform, so a long one pads its tail in full."""
+        longest = len(segment.samples) if segment.whole else self.features.segment_samples
+        longest = max(longest, self.features.n_fft // 2 + 1)  # what the STFT's reflection needs
         capacity = self.config.encoder.max_positions * self.samples_per_frame
-        padded = min(-(-longest // self.samples_per_token) * self.samples_per_token, capacity)
-        return [_Segment(piece, padded) for piece in pieces]
+        return min(-(-longest // self.samples_per_token) * self.samples_per_token, capacity)
 
-    def _inputs(self, batch: list[_Segment]) -> tuple[Tensor, Tensor]:
-        frames = max(piece.padded for piece in batch) // self.features.hop
+    def _inputs(self, batch: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        frames = max(self._padded(piece) for piece in batch) // self.features.hop
         weight = self.conv1.weight
         mel = torch.zeros(len(batch), self.features.mel_bins, frames)  # (B, M, T)
         for row, piece in zip(mel, batch, strict=True):
-            spectrogram = self.log_mel(piece.samples, piece.padded)
+            spectrogram = self.log_mel(piece.samples, self._padded(piece))
             row[:, : spectrogram.shape[1]] = torch.from_numpy(spectrogram)
         samples = torch.tensor([len(piece.samples) for piece in batch], device=weight.device)
         return mel.to(weight.device, weight.dtype), samples
 
-    def _encode_segments(self, batch: list[_Segment]) -> list[Tensor]:
+    def _hidden(self, batch: Sequence[Segment]) -> list[Tensor]:
         for name, state in self.states(*self._inputs(batch)):  # one state alive at a time
             if name == "hidden":
                 hidden = state

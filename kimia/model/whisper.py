@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kimia.errors import ConfigError
-from kimia.model.audio import BATCH_SEGMENTS, LogMel, segments
+from kimia.model.audio import BATCH_SEGMENTS, LogMel, Segment, cut
 from kimia.model.checkpoint import Source, load_strict, sharded_source, without, without_prefix
 from kimia.model.config import ENCODER_STRIDE, EncoderConfig, FeatureConfig, check_features, exact_div
 
@@ -47,23 +47,26 @@ class WhisperFeatures(nn.Module):
 
         Raises AudioError for a waveform that is empty or no float32 array.
         """
-        cut = [segments(wave, self.features.segment_samples) for wave in waves]
-        pieces = [piece for of_wave in cut for piece in of_wave]
+        cuts = [cut(wave, self.features.segment_samples) for wave in waves]
+        pieces = [piece for of_wave in cuts for piece in of_wave]
         encoded = [
             features
             for start in range(0, len(pieces), BATCH_SEGMENTS)
-            for features in self._encode_segments(pieces[start : start + BATCH_SEGMENTS])
+            for features in self.encode_segments(pieces[start : start + BATCH_SEGMENTS])
         ]
         remaining = iter(encoded)
-        return [torch.cat([next(remaining) for _ in of_wave]) for of_wave in cut]
+        return [torch.cat([next(remaining) for _ in of_wave]) for of_wave in cuts]
 
-    def _encode_segments(self, pieces: list[np.ndarray]) -> list[Tensor]:
+    @torch.no_grad()
+    def encode_segments(self, batch: Sequence[Segment]) -> list[Tensor]:
+        """Features (N, group * d_model) of each segment, all in one evaluation."""
         weight = self.encoder.conv1.weight
-        mels = [self.log_mel(piece, self.features.segment_samples) for piece in pieces]
+        mels = [self.log_mel(piece.samples, self.features.segment_samples) for piece in batch]
         mel = torch.from_numpy(np.stack(mels))  # (B, M, T)
         states: Tensor = self.encoder(mel.to(weight.device, weight.dtype)).last_hidden_state  # (B, T/2, d)
-        grouped = states.reshape(len(pieces), -1, self.width)  # (B, T/2/group, group*d)
-        return [row[: -(-len(piece) // self.samples_per_feature)] for row, piece in zip(grouped, pieces, strict=True)]
+        grouped = states.reshape(len(batch), -1, self.width)  # (B, T/2/group, group*d)
+        counts = [-(-len(piece.samples) // self.samples_per_feature) for piece in batch]
+        return [row[:count] for row, count in zip(grouped, counts, strict=True)]
 
 
 def load_whisper(folder: Path, group: int, device: torch.device | str, dtype: torch.dtype) -> WhisperFeatures:

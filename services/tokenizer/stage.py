@@ -1,30 +1,29 @@
 """The tokenizer stage: clips in, stretches of semantic tokens and continuous features out.
 
-A clip is encoded as soon as it is complete, in the order in which clips end in the log. Features are computed only for
-what the model hears; spoken history needs its codes alone.
+A clip is encoded 30 s by 30 s, as soon as they are there (`services.tokenizer.gathering`), beside those of other turns
+(`services.tokenizer.scheduler`). Features are computed only for what the model hears; spoken history needs its codes
+alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 
-import numpy as np
-
-from kimia.clips import Sound, wanted_sounds
+from kimia.clips import wanted_sounds
 from kimia.compute import FEATURE_TYPES, ComputeThread, cut_off, feature_bytes, open_model, replayed
-from kimia.errors import AudioError, ConversationError
-from kimia.model.audio import load_audio, prepare_waveform
 from kimia.model.encode import AudioEncoder
 from kimia.model.prompt import Encoded as EncodedClip
-from kimia.pipeline import CodesOnly
 from kimia.runtime.settings import Settings
-from kimia.sound import check_format, decode
 from kimia.stage import TOKENIZER, StageKind
-from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_PCM_S16LE, AudioFormat, Clip
+from kimia.v1.audio_pb2 import ENCODING_PCM_S16LE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import ROLE_USER, Message
 from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, StageReport, Turn
 from services.tokenizer.fingerprint import fingerprint
+from services.tokenizer.gathering import ClipReader, Gathering
+from services.tokenizer.scheduler import Scheduler
 
 STRETCH = 12  # positions of a chunk, about a second
 
@@ -37,6 +36,7 @@ class TokenizerStage:
     def __init__(self, encoder: AudioEncoder, compute: ComputeThread, fingerprint: str = "") -> None:
         self.encoder = encoder
         self.compute = compute
+        self.scheduler = Scheduler(encoder, compute)
         self.fingerprint = fingerprint
 
     @classmethod
@@ -60,117 +60,90 @@ class TokenizerStage:
     async def run(
         self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
     ) -> AsyncIterator[Chunk]:
-        """Encode every clip of the inbox; those given out as a whole already are not encoded again.
+        """Encode every clip of the inbox; segments that were given out already are not encoded again.
 
         Raises AudioError, naming the message, for sound that is bad or lacking; ConversationError for a clip that no
         message has; StateError when the inbox ends too early.
         """
         if published and published[-1].final:
             return
-        compute = self.compute.turn()
-        gathering = Gathering(wanted_sounds(turn.messages))
-        told = Counter(chunk.encoded.clip for chunk in published)
-        whole = {chunk.encoded.clip for chunk in published if chunk.encoded.clip_end}
+        work = _Work(self.encoder, self.scheduler, turn, published)
+        held: Chunk | None = None  # until it is known whether the log ends with it
         index = len(published)
         async for chunk in inbox:
-            clip = gathering.take(chunk)
-            written = []
-            if clip is not None and clip[0].clip.number not in whole:
-                pieces = await compute.run(self._encode, *clip)
-                written = [Chunk(encoded=piece) for piece in pieces[told[clip[0].clip.number] :]]
+            async with aclosing(work.encode(chunk)) as pieces:
+                async for piece in pieces:
+                    if held is not None:
+                        yield held
+                    held, index = Chunk(index=index, encoded=piece), index + 1
             if chunk.final:
-                gathering.check_complete()
-                written = _closed(written, StageReport(compute_seconds=compute.seconds, units=gathering.complete))
-            for out in written:
-                out.index, index = index, index + 1
-                yield out
-            if chunk.final:
+                yield work.closed(held or Chunk(index=index))
                 return
+            if held is not None:
+                yield held
+            held = None
         raise cut_off("input")
 
-    def _encode(self, sound: Sound, data: bytes) -> list[Encoded]:
-        """The stretches of one clip. Raises AudioError that names the message, RequestError for a wrong format."""
+
+class _Work:
+    """One turn in the stage."""
+
+    def __init__(self, encoder: AudioEncoder, scheduler: Scheduler, turn: Turn, published: Sequence[Chunk]) -> None:
+        features = encoder.vq.features
+        self._gathering = Gathering(wanted_sounds(turn.messages), features.sample_rate, features.segment_samples)
+        self._scheduler = scheduler
+        self._samples_per_position = encoder.samples_per_position
+        self._given: Counter[int] = Counter()  # positions of a clip
+        self._done: Counter[int] = Counter()
+        self._seconds = 0.0
+        for chunk in published:
+            self._given[chunk.encoded.clip] += len(chunk.encoded.codes)
+
+    async def encode(self, chunk: Chunk) -> AsyncGenerator[Encoded, None]:
+        """The stretches that a piece of sound completes and that were not given out. Raises KimiaError."""
+        clip = self._gathering.take(chunk)
+        if clip is not None:
+            async with aclosing(self._segments(clip)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def _segments(self, clip: ClipReader) -> AsyncGenerator[Encoded, None]:
+        number = clip.sound.clip.number
+        before = clip.seconds
+        segments = await asyncio.to_thread(clip.read)
+        self._seconds += clip.seconds - before
+        counts = [-(-len(segment.samples) // self._samples_per_position) for segment in segments]
+        while counts and self._done[number] + counts[0] <= self._given[number]:
+            self._done[number] += counts.pop(0)
+        jobs = self._scheduler.submit(segments[len(segments) - len(counts) :], clip.sound.heard)
         try:
-            wave = read_wave(sound, data, self.encoder.sample_rate)
-            return stretches(sound.clip.number, self._encoded(wave, sound.heard))
-        except AudioError as error:
-            raise AudioError(str(error), sound.index) from error
+            for job in jobs:
+                encoded = await job.encoded
+                self._seconds += job.seconds
+                for piece in stretches(number, encoded, last=clip.ended and job is jobs[-1]):
+                    self._done[number] += len(piece.codes)
+                    if self._done[number] > self._given[number]:
+                        yield piece
+        finally:
+            self._scheduler.withdraw(jobs)
 
-    def _encoded(self, wave: np.ndarray, heard: bool) -> EncodedClip:
-        if heard:
-            return self.encoder.encode([wave])[0]
-        return CodesOnly(tuple(self.encoder.vq.encode([wave])[0].tolist()))
-
-
-class Gathering:
-    """The sound of a turn as it arrives, clip by clip."""
-
-    def __init__(self, sounds: Mapping[int, Sound]) -> None:
-        self._sounds = sounds
-        self._parts: dict[int, list[bytes]] = {}
-        self._ended: set[int] = set()
-
-    @property
-    def complete(self) -> int:
-        """Clips that have ended."""
-        return len(self._ended)
-
-    def take(self, chunk: Chunk) -> tuple[Sound, bytes] | None:
-        """Store a piece; the clip that it ends with all its bytes, if any. Raises ConversationError, AudioError."""
-        if not chunk.HasField("input"):
-            return None
-        number = chunk.input.clip
-        if number not in self._sounds:
-            raise ConversationError(f"sound came for clip {number}, which no message has; send what the turn names")
-        sound = self._sounds[number]
-        if number in self._ended:
-            raise AudioError("sound came after the end of its clip", sound.index)
-        self._parts.setdefault(number, []).append(chunk.input.data)
-        if not chunk.input.clip_end:
-            return None
-        self._ended.add(number)
-        return sound, b"".join(self._parts.pop(number))
-
-    def check_complete(self) -> None:
-        """Raise AudioError when a clip has begun but not ended, or never came although it must be encoded."""
-        for number, sound in self._sounds.items():
-            if number in self._ended:
-                continue
-            if number in self._parts:
-                raise AudioError("its sound was cut off; mark the last piece as clip_end", sound.index)
-            if sound.must_be_encoded:
-                raise AudioError("its sound never came", sound.index)
+    def closed(self, chunk: Chunk) -> Chunk:
+        """The last chunk, with the report. Raises AudioError when sound is lacking."""
+        self._gathering.check_complete()
+        chunk.final = True
+        chunk.report.CopyFrom(StageReport(compute_seconds=self._seconds, units=self._gathering.complete))
+        return chunk
 
 
-def read_wave(sound: Sound, data: bytes, rate: int) -> np.ndarray:
-    """Mono samples (S,) float32 at `rate` Hz of a clip's bytes. Raises AudioError, RequestError for a wrong format."""
-    form = sound.clip.format
-    kind = "audio" if sound.heard else "spoken.clip"
-    check_format(form, f"messages[{sound.index}].{kind}.format", files=True)
-    if not data:
-        raise AudioError("the clip is empty (0 bytes)")
-    if form.encoding == ENCODING_FILE:
-        return load_audio(data, rate)
-    return prepare_waveform(decode(data, form), form.sample_rate, rate)
-
-
-def stretches(number: int, encoded: EncodedClip) -> list[Encoded]:
-    """A clip of N positions as ceil(N / STRETCH) pieces."""
+def stretches(number: int, encoded: EncodedClip, *, last: bool) -> list[Encoded]:
+    """A segment of N positions as ceil(N / STRETCH) pieces; `last`: the clip ends with it."""
     pieces = []
     for start in range(0, len(encoded.codes), STRETCH):
         end = start + STRETCH
-        piece = Encoded(clip=number, codes=encoded.codes[start:end], clip_end=end >= len(encoded.codes))
+        piece = Encoded(clip=number, codes=encoded.codes[start:end], clip_end=last and end >= len(encoded.codes))
         if encoded.features is not None:
             rows = encoded.features[start:end]
             piece.features, piece.feature_type = feature_bytes(rows), FEATURE_TYPES[rows.dtype]
             piece.feature_width = rows.shape[1]
         pieces.append(piece)
     return pieces
-
-
-def _closed(chunks: list[Chunk], report: StageReport) -> list[Chunk]:
-    """The chunks, or an empty one, with the report on the last."""
-    closed = chunks or [Chunk()]
-    closed[-1].final = True
-    closed[-1].report.CopyFrom(report)
-    return closed

@@ -15,7 +15,7 @@ import soundfile
 import soxr
 
 from kimia.errors import AudioError
-from kimia.model.audio import LogMel, load_audio, prepare_waveform, segments
+from kimia.model.audio import LogMel, Resampling, load_audio, prepare_waveform, segments
 from kimia.model.config import FeatureConfig
 from tests.golden_data import golden, golden_json
 from tests.model import recordings
@@ -276,6 +276,26 @@ GOOD = np.zeros(100, np.float32)
 def test_bad_arrays(samples, rate, message):
     with pytest.raises(AudioError, match=message):
         prepare_waveform(samples, rate, RATE)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("size", [1, 333, 100_000])
+def test_sound_that_comes_in_blocks_is_resampled_as_a_whole(rate, size):
+    samples = speech_like(3000 if size == 1 else 30_001)
+    resampling = Resampling(rate, RATE)
+    pieces = [resampling.feed(samples[at : at + size, None]) for at in range(0, len(samples), size)]
+    assert np.array_equal(np.concatenate([*pieces, resampling.finish()]), prepare_waveform(samples, rate, RATE))
+
+
+def test_blocks_are_checked_as_they_come():
+    with pytest.raises(AudioError, match="7999 Hz"):
+        Resampling(7999, RATE)
+    with pytest.raises(AudioError, match="no samples"):
+        Resampling(8000, RATE).finish()
+    with pytest.raises(AudioError, match="limit of 1 s"):
+        Resampling(8000, RATE, max_seconds=1).feed(np.zeros((8001, 1), np.float32))
+    with pytest.raises(AudioError, match="NaN"):
+        Resampling(8000, RATE).feed(np.full((1, 1), np.nan, np.float32))
 
 
 # ---- segments and mel --------------------------------------------------------------------------------------------

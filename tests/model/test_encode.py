@@ -9,7 +9,7 @@ from kimia.errors import AudioError, ConfigError
 from kimia.model.audio import load_audio
 from kimia.model.checkpoint import Checkpoint, open_checkpoint
 from kimia.model.config import LMConfig, VQConfig
-from kimia.model.encode import AudioEncoder
+from kimia.model.encode import AudioEncoder, joined
 from tests.golden_data import golden, golden_json
 from tests.model.plain_encoder import (
     ENCODER,
@@ -66,6 +66,35 @@ def test_streams_are_those_of_the_encoders(tmp_path):
     for wave, audio in zip(waves, encoder.encode(waves), strict=True):
         assert list(audio.codes) == encoder.vq.encode([wave])[0].tolist()
         torch.testing.assert_close(audio.features, encoder.whisper.encode([wave])[0], atol=1e-5, rtol=0)
+
+
+def test_segments_one_by_one_are_the_recording_bit_by_bit_and_a_batch_is_as_good(tmp_path):
+    encoder = load(checkpoint(tmp_path))
+    waves = [speech_like(length, seed) for seed, length in enumerate((5000, 70000, 32000, 1))]
+    whole = encoder.encode(waves)
+    assert [of_wave.codes for of_wave in whole] == encoder.codes(waves)
+    for wave, of_wave in zip(waves, whole, strict=True):
+        alone = joined([encoder.encode_segments([segment])[0] for segment in encoder.cut(wave)])
+        assert alone.codes == of_wave.codes
+        assert torch.equal(alone.features, of_wave.features)
+    batch = [segment for wave in waves for segment in encoder.cut(wave)]
+    together = iter(encoder.encode_segments(batch))
+    for wave, of_wave in zip(waves, whole, strict=True):
+        found = joined([next(together) for _ in encoder.cut(wave)])
+        assert found.codes == of_wave.codes
+        torch.testing.assert_close(found.features, of_wave.features, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_streams_give_what_one_gives(tmp_path):
+    found = checkpoint(tmp_path)
+    encoder = AudioEncoder.load(found, 4 * SLOW_WHISPER.d_model, "cuda", torch.bfloat16)
+    batch = [segment for seed in range(5) for segment in encoder.cut(speech_like(20000 + 9000 * seed, seed))]
+    for _ in range(20):  # memory that one stream gives back and the other one takes would show
+        streams, plain = encoder._both(batch), encoder._one_by_one(batch)
+        for ours, theirs in zip((*streams[0], *streams[1]), (*plain[0], *plain[1]), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_codes_stay_in_float32_whatever_the_features(tmp_path):

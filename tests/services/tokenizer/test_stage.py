@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kimia.compute import feature_rows
+from kimia.compute import ComputeThread, feature_rows
 from kimia.errors import AudioError, ConversationError, RequestError, StateError
 from kimia.runtime.settings import Settings
 from kimia.sound import decode, encode
@@ -21,7 +21,10 @@ from kimia.v1.audio_pb2 import (
 from kimia.v1.turn_pb2 import Chunk, InputAudio
 from services.tokenizer.stage import STRETCH, TokenizerStage
 from tests.golden_data import golden
-from tests.services.turns import CALL, FILE, PCM16, QUESTION, heard, pcm_of, ran, sound_log, spoken, turn
+from tests.model.plain_encoder import speech_like
+from tests.model.test_encode import checkpoint as short_checkpoint
+from tests.model.test_encode import load as load_encoder
+from tests.services.turns import CALL, FILE, PCM16, QUESTION, heard, pcm_of, ran, replayed, sound_log, spoken, turn
 
 pytestmark = pytest.mark.parity
 
@@ -119,6 +122,95 @@ async def test_clips_may_arrive_mixed_and_the_end_may_come_alone(stage: Tokenize
     for number in (0, 1):
         told = [chunk.encoded for chunk in chunks if chunk.HasField("encoded") and chunk.encoded.clip == number]
         assert told == [chunk.encoded for chunk in straight if chunk.encoded.clip == number]
+
+
+# ---- long clips -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_stage(tmp_path):
+    """A stage whose segments have two seconds."""
+    compute = ComputeThread()
+    yield TokenizerStage(load_encoder(short_checkpoint(tmp_path)), compute)
+    compute.close()
+
+
+def long_turn(seconds: float):
+    data = encode(speech_like(round(16000 * seconds)), PCM16)
+    return turn([heard(form=PCM16)]), sound_log(data, piece=6400), decode(data, PCM16)
+
+
+async def test_a_finished_segment_is_encoded_while_the_caller_speaks(short_stage: TokenizerStage) -> None:
+    asked, log, samples = long_turn(5.3)
+    ends: list[int] = []  # pieces that had come when a chunk was given out
+
+    async def inbox():
+        for chunk in log:
+            ends.append(chunk.index)
+            yield chunk
+
+    chunks, came = [], []
+    async for chunk in short_stage.run(asked, inbox()):
+        chunks.append(chunk)
+        came.append(ends[-1])
+    assert [len(chunk.encoded.codes) for chunk in chunks] == [12, 12, 1, 12, 12, 1, 12, 5]
+    assert came == [12] * 3 + [22] * 3 + [26] * 2  # of 0.2 s: half a second behind each segment, and at the end
+    [whole] = short_stage.encoder.encode([samples])
+    codes, features = joined(chunks)
+    assert tuple(codes) == whole.codes
+    assert torch.equal(features, whole.features)
+
+
+async def test_going_on_encodes_only_the_segments_that_are_missing(short_stage: TokenizerStage, monkeypatch) -> None:
+    asked, log, _ = long_turn(5.3)
+    whole = without_time(await ran(short_stage, asked, log))
+    counted: list[int] = []
+    plain = short_stage.encoder.encode_segments
+
+    def counting(batch):
+        counted.append(len(batch))
+        return plain(batch)
+
+    monkeypatch.setattr(short_stage.encoder, "encode_segments", counting)
+    for given, left in ((2, 3), (3, 2), (4, 2), (6, 1), (7, 1)):
+        counted.clear()
+        assert without_time(await ran(short_stage, asked, log, whole[:given])) == whole[given:]
+        assert sum(counted) == left
+    assert not whole[6].encoded.clip_end
+    counted.clear()
+    [end] = await ran(
+        short_stage, asked, [*log[:-1], Chunk(input=log[-1].input, final=True)], [*whole[:-1], _open(whole[-1])]
+    )
+    assert end.final
+    assert not end.HasField("encoded")
+    assert not counted
+
+
+def _open(chunk: Chunk) -> Chunk:
+    """The same, when its log goes on."""
+    return Chunk(index=chunk.index, encoded=chunk.encoded)
+
+
+async def test_a_long_clip_keeps_a_short_one_waiting_for_one_segment_at_most(short_stage: TokenizerStage) -> None:
+    asked, log, _ = long_turn(20)
+    order: list[str] = []
+    begun = asyncio.Event()
+
+    async def long() -> None:
+        async for _ in short_stage.run(
+            asked,
+            replayed([Chunk(input=InputAudio(data=b"".join(c.input.data for c in log), clip_end=True), final=True)]),
+        ):
+            order.append("long")
+            begun.set()
+
+    async def short() -> None:
+        await begun.wait()
+        await ran(short_stage, *long_turn(1)[:2])
+        order.append("short")
+
+    await asyncio.gather(long(), short())
+    assert order.index("short") <= 3 * 4  # chunks of a segment, of ten segments
 
 
 # ---- again ------------------------------------------------------------------------------------------------------
