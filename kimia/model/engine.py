@@ -21,20 +21,22 @@ An answer of a named conversation begins with the KV that the conversation's las
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from kimia.errors import KimiaError, ParameterError
+from kimia.model.drawing import Draws, Recent
 from kimia.model.fused import FusedLM, RowFeed, Wanted
 from kimia.model.generate import GenerateOptions, Step, TrackTokens, TurnTracks
 from kimia.model.lm import DualTrackLM, Row, stack
-from kimia.model.philox import Track, uniform
+from kimia.model.philox import Track, uniforms
 from kimia.model.prefix import Ahead, PieceContent, Prefix, Prefixes, content_of
-from kimia.model.sampler import TrackSampling, draw
+from kimia.model.sampler import TrackSampling, no_numbers
 from kimia.model.turn_cache import TurnCache
 
+TRACKS = Track.TEXT, Track.AUDIO  # in the order of the logits
+NUMBERS = 256  # steps whose uniform numbers are made at once: ten times cheaper than one by one
 PIECE = {"cpu": 64, "cuda": 512}  # positions of the prompt that are read at a time: about one step's time
 
 
@@ -46,7 +48,10 @@ class Answer:
         self.tracks = TurnTracks(tokens, options)
         self.prefix = prefix  # the pieces that are read, for whom they may serve again
         self.reused = 0  # positions that had been read for an earlier turn
-        self.uniforms = options.uniforms or partial(uniform, options.seed)
+        self.sampling = options.sampling.text, options.sampling.audio
+        self.recent = [Recent(sampling) for sampling in self.sampling]
+        self._numbers: list[list[float]] = []  # of the next steps, per track
+        self._numbered = 0  # the first of them
         self._feed = (prompt.audio_ids[-1], prompt.text_ids[-1])
 
     @property
@@ -74,16 +79,22 @@ class Answer:
             return self.tracks.draws_audio
         return self.tracks.draws_text and not self.tracks.replaying
 
-    def drawing(self, track: Track) -> tuple[TrackSampling, Sequence[int], float]:
-        """How the next id of the track is drawn: sampling, history, uniform number."""
-        text = track is Track.TEXT
-        sampling = self.tracks.options.sampling.text if text else self.tracks.options.sampling.audio
-        number = 0.0 if sampling.greedy else self.uniforms(track, self.tracks.index)
-        return sampling, self.tracks.text if text else self.tracks.audio, number
+    def number(self, track: Track) -> float:
+        """The uniform number of the next id of the track; 0 where none is needed."""
+        if self.sampling[track].greedy or not self.wants(track):
+            return 0.0
+        options, index = self.tracks.options, self.tracks.index
+        if options.uniforms is not None:
+            return options.uniforms(track, index)
+        if not self._numbers or index - self._numbered >= NUMBERS:
+            self._numbers, self._numbered = uniforms(options.seed, index, NUMBERS).tolist(), index
+        return self._numbers[track][index - self._numbered]
 
     def record(self, text_id: int | None, audio_id: int | None) -> Step:
         """Take the step with what was drawn. Raises ParameterError for a replay that cannot be."""
         step = self.tracks.record(text_id, audio_id)
+        self.recent[Track.TEXT].add(step.text_id)
+        self.recent[Track.AUDIO].add(step.audio_id)
         self._feed = (step.audio_id, step.text_id)
         return step
 
@@ -98,6 +109,8 @@ class Engine:
         self.piece = PIECE[lm.device.type]
         self.prefixes = Prefixes(limit=0) if prefixes is None else prefixes
         self._fused = FusedLM(lm, rows)
+        self._draws: Draws | None = None
+        self._drawn_by: list[list[TrackSampling]] = []
 
     def begin(self, prompt: Row, tokens: TrackTokens, options: GenerateOptions, conversation: str = "") -> Answer:
         """A turn, nothing computed yet; `conversation` names it for its next turn ("": it has none).
@@ -203,10 +216,25 @@ class Engine:
     @torch.inference_mode()
     def step(self, answers: Sequence[Answer]) -> list[Step | KimiaError]:
         """One step of each, up to `rows` of them: what came of it, or the error that ends this one answer."""
-        wanted = Wanted(*(any(answer.wants(track) for answer in answers) for track in (Track.TEXT, Track.AUDIO)))
-        text, audio = self._fused.step([answer.feed() for answer in answers], wanted)
-        text_ids, audio_ids = _drawn(text, Track.TEXT, answers), _drawn(audio, Track.AUDIO, answers)
-        return [_recorded(*each) for each in zip(answers, text_ids, audio_ids, strict=True)]
+        wanted = Wanted(*(any(answer.wants(track) for answer in answers) for track in TRACKS))
+        logits = self._fused.step([answer.feed() for answer in answers], wanted)
+        return [_recorded(*each) for each in zip(answers, *self._draw(logits, wanted, answers), strict=True)]
+
+    def _draw(self, logits: Tensor, wanted: Wanted, answers: Sequence[Answer]) -> list[list[int | None]]:
+        """Of each track an id per answer: None where the logits are no numbers, anything where none is wanted."""
+        drawn: list[list[int | None]] = [[None] * len(answers) for _ in TRACKS]
+        tracks = [track for track in TRACKS if wanted[track]]
+        if not tracks:
+            return drawn
+        sampling = [[answer.sampling[track] for answer in answers] for track in tracks]
+        if self._draws is None or self._drawn_by != sampling:
+            self._draws, self._drawn_by = Draws(sampling, logits.shape[-1]), sampling
+        recent = [[answer.recent[track] for answer in answers] for track in tracks]
+        numbers = [[answer.number(track) for answer in answers] for track in tracks]
+        their = logits[tracks[0] : tracks[-1] + 1, : len(answers)]
+        for track, ids in zip(tracks, self._draws.draw(their, recent, numbers), strict=True):
+            drawn[track] = ids
+        return drawn
 
 
 def context_bytes(lm: DualTrackLM) -> int:
@@ -227,24 +255,12 @@ def part(row: Row, begin: int, end: int) -> Row:
     return Row(row.audio_ids[begin:end], row.text_ids[begin:end], segments, features)
 
 
-def _drawn(logits: Tensor | None, track: Track, answers: Sequence[Answer]) -> list[int | KimiaError | None]:
-    """Per answer the id that was drawn, an error where the logits are no numbers, None where none was wanted."""
-    drawn: list[int | KimiaError | None] = [None] * len(answers)
-    places = [place for place, answer in enumerate(answers) if answer.wants(track)]
-    if logits is None or not places:
-        return drawn
-    sampling, histories, numbers = zip(*(answers[place].drawing(track) for place in places), strict=True)
-    for place, token in zip(places, draw(logits[places], sampling, histories, numbers), strict=True):
-        drawn[place] = token
-    return drawn
-
-
-def _recorded(answer: Answer, text_id: int | KimiaError | None, audio_id: int | KimiaError | None) -> Step | KimiaError:
-    if isinstance(text_id, KimiaError):
-        return text_id
-    if isinstance(audio_id, KimiaError):
-        return audio_id
+def _recorded(answer: Answer, text_id: int | None, audio_id: int | None) -> Step | KimiaError:
+    """The step that comes of what was drawn, or the error that ends the answer."""
+    wants_text, wants_audio = answer.wants(Track.TEXT), answer.wants(Track.AUDIO)
+    if (wants_text and text_id is None) or (wants_audio and audio_id is None):
+        return no_numbers()
     try:
-        return answer.record(text_id, audio_id)
+        return answer.record(text_id if wants_text else None, audio_id if wants_audio else None)
     except ParameterError as error:
         return error

@@ -2,7 +2,8 @@
 
 The plain layers of `kimia.model.lm` say what is computed; here the same numbers come from fewer and larger operations:
 q, k and v in one matrix product, gate and up in another, rotary tables made once. The fused matrices take the place of
-the parts, which become views of them: no weight is stored twice.
+the parts, which become views of them: no weight is stored twice. Every operation writes into memory that was made once
+(`Scratch`), so that a step allocates next to nothing.
 
 Nobody's numbers depend on the neighbours. Matrix products always have the full number of rows, whoever fills them: a
 product of another shape would round otherwise. Attention, where turns differ in length, is computed turn by turn over
@@ -12,22 +13,24 @@ as in every release, since vector and remainder of a CPU loop round otherwise, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kimia.model.config import LMConfig
 from kimia.model.lm import DecoderLayer, DualTrackLM, RMSNorm, rotary_tables
+from kimia.model.philox import Track
 from kimia.model.turn_cache import TurnCache
 
 FEW_ROWS = 3  # up to which BLAS is fastest with the rows outside; measured, see benchmarks/RESULTS.md
 
 
-@dataclass(frozen=True)
-class RowFeed:
+class RowFeed(NamedTuple):
     """One turn's next position, and the branches that it needs."""
 
     audio_id: int
@@ -37,75 +40,157 @@ class RowFeed:
     audio: bool
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """Which logits the step has to give."""
 
     text: bool
     audio: bool
 
 
-class RowViews:
-    """One row's part of the step: where its keys go and what it sees, per slot."""
+class Company(NamedTuple):
+    """Which rows a step computes, and what for."""
 
-    def __init__(self, feed: RowFeed) -> None:
-        self.feed = feed
-        feed.cache.reserve(feed.cache.length + 1)
-        self._places, self._seen = feed.cache.next_position()
+    all: Sequence[int]
+    texts: Sequence[int]  # those that need the layers above the fork
+    audios: Sequence[int]  # those that need the audio branch
+    wanted: Wanted
 
-    def attend(self, slot: int, q: Tensor, kv: Tensor) -> Tensor:
-        """q (1, kv_heads, group, D), kv (2, 1, kv_heads, D) -> (1, kv_heads, group, D): queries that share a key.
 
-        head together, each sees every position.
+class Scratch:
+    """Where a step of B rows writes its numbers; all layers use the same buffers."""
+
+    def __init__(self, config: LMConfig, rows: int, like: Tensor) -> None:
+        """Type and device are those of `like`."""
+        self._rows = rows
+        self._like = like
+        self.columns = not like.is_cuda and rows > FEW_ROWS
+        width, head_dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.heads, config.kv_heads
+        self.x = like.new_empty(rows, width)  # what goes from layer to layer
+        self.fork = like.new_empty(rows, width)
+        self.normed = like.new_empty(rows, width)
+        self.scale = like.new_empty(rows, 1, dtype=torch.float32)
+        self.operand, self.product = self._room(width), self._room(width)
+        self.qkv = self._room((heads + 2 * kv_heads) * head_dim)
+        by_heads = self.qkv.view(rows, -1, head_dim)
+        self.turning, self.given = by_heads.tensor_split((heads + kv_heads,), dim=1)  # queries and keys; values
+        self.heads = like.new_empty(rows, heads + 2 * kv_heads, head_dim)
+        self.turned, self.values = self.heads.tensor_split((heads + kv_heads,), dim=1)
+        self.wide = self.turned if like.dtype == torch.float32 else self.turned.float()
+        self.queries = self.heads[:, :heads].view(rows, kv_heads, -1, head_dim)  # those that share a key head together
+        self.keys_values = self.heads[:, heads:].view(rows, 2, kv_heads, head_dim)
+        self.gate_up = self._room(2 * config.intermediate_size)
+        self.gate, self.up = self.gate_up.tensor_split(2, dim=-1)
+        self.logits = self._room(config.vocab_size, 2)
+        self.angles = like.new_empty(rows, 2, 1, head_dim, dtype=torch.float32)
+        self.cos, sin = self.angles.unbind(1)
+        self.sines, self.halves, self.wide_halves = (
+            each.tensor_split(2, dim=-1) for each in (sin, self.turning, self.wide)
+        )
+        self._host = torch.zeros(3, rows, dtype=torch.long, pin_memory=like.is_cuda)
+        self.numbers = self._host.to(like.device)  # audio ids, text ids, positions
+
+    def fill(self, numbers: Sequence[tuple[int, int, int]]) -> None:
+        """The ids of both tracks and the positions of the first rows; the others have zeros."""
+        host = self._host.numpy()
+        host[:, : len(numbers)] = np.array(numbers).T
+        host[:, len(numbers) :] = 0
+        if self.numbers is not self._host:
+            self.numbers.copy_(self._host, non_blocking=True)
+
+    def _room(self, width: int, *outer: int) -> Tensor:
+        """Room for (*outer, B, width) as matrix products like it best.
+
+        On the CPU, beyond a few rows, BLAS is fastest when the rows are what lies side by side.
         """
-        self._places[slot].copy_(kv)
-        return F.scaled_dot_product_attention(q, self._seen[2 * slot], self._seen[2 * slot + 1])
+        if self.columns:
+            return self._like.new_empty(*outer, width, self._rows).transpose(-2, -1)
+        return self._like.new_empty(*outer, self._rows, width)
 
 
-@dataclass(frozen=True)
-class Heads:
-    """How the columns of the fused projection divide."""
+class TurnByTurn:
+    """Attention of one row after another, each over exactly its own positions; (B, heads x D) for all of them."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
+    def __init__(self, scratch: Scratch) -> None:
+        self._q, self._kv = scratch.queries[:, None].unbind(0), scratch.keys_values[:, :, None].unbind(0)
+        self._nobody = [torch.zeros_like(q) for q in self._q]
+        self._places: list[Sequence[Tensor]] = []
+        self._seen: list[Sequence[Tensor]] = []
 
-    @property
-    def rotated(self) -> int:
-        """Heads that turn with the position: queries and keys."""
-        return self.heads + self.kv_heads
+    def begin(self, feeds: Sequence[RowFeed]) -> None:
+        """Look up where the next position of each turn belongs, per slot, and what it sees."""
+        self._places.clear()
+        self._seen.clear()
+        for feed in feeds:
+            feed.cache.reserve(feed.cache.length + 1)
+            places, seen = feed.cache.next_position()
+            self._places.append(places)
+            self._seen.append(seen)
+
+    def __call__(self, slot: int, rows: Sequence[int]) -> Tensor:
+        """Keep the keys and values of `rows` and let their queries see; zeros for the other rows.
+
+        Queries that share a key head (1, kv_heads, group, D) go together: each of them sees every position.
+        """
+        mixed = self._nobody.copy()
+        for row in rows:
+            self._places[row][slot].copy_(self._kv[row])
+            seen = self._seen[row]
+            mixed[row] = F.scaled_dot_product_attention(self._q[row], seen[2 * slot], seen[2 * slot + 1])
+        return (torch.cat(mixed) if len(mixed) > 1 else mixed[0]).view(len(mixed), -1)
+
+
+class Norm:
+    """`RMSNorm` in fewer operations."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self._weight = norm.weight
+        self._eps = torch.tensor(norm.eps, dtype=torch.float32, device=norm.weight.device)
+
+    def __call__(self, s: Scratch) -> None:
+        """`s.operand` becomes `s.x`, normed."""
+        torch.linalg.vector_norm(s.x, dim=-1, keepdim=True, dtype=torch.float32, out=s.scale)
+        torch.addcmul(self._eps, s.scale, s.scale, value=1 / s.x.shape[-1], out=s.scale).rsqrt_()
+        torch.mul(s.x, s.scale, out=s.normed)
+        torch.mul(s.normed, self._weight, out=s.operand)
 
 
 class FusedLayer:
     """One decoder layer for one position of each row."""
 
-    def __init__(self, layer: DecoderLayer, slot: int, heads: Heads) -> None:
+    def __init__(self, layer: DecoderLayer, slot: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        inputs = attention.q_proj, attention.k_proj, attention.v_proj
         self.slot = slot
-        self.heads = heads
-        self.qkv, self.qkv_bias = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = attention.o_proj.weight
-        self.gate_up, _ = fuse(mlp.gate_proj, mlp.up_proj)
-        self.down = mlp.down_proj.weight
-        self.width = mlp.down_proj.in_features
-        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv, self.gate_up = fuse(*inputs).t(), fuse(mlp.gate_proj, mlp.up_proj).t()
+        self.bias = torch.cat([part.bias for part in inputs])
+        self.out, self.down = attention.o_proj.weight.t(), mlp.down_proj.weight.t()
+        self.before, self.between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
 
-    def __call__(self, x: Tensor, rows: Sequence[RowViews | None], cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, H) -> (B, H). `rows` are the first of B; None where nobody needs the result."""
-        x = x + linear(self._attention(norm(x, self.before), rows, cos, sin), self.out)
-        gate, up = linear(norm(x, self.between), self.gate_up).tensor_split((self.width,), dim=-1)
-        return x + linear(F.silu(gate).mul_(up), self.down)
+    def __call__(self, s: Scratch, attend: TurnByTurn, rows: Sequence[int]) -> None:
+        """`s.x` becomes what comes out of the layer; it means something for `rows` only."""
+        self.before(s)
+        torch.addmm(self.bias, s.operand, self.qkv, out=s.qkv)
+        rotate(s)
+        mixed = attend(self.slot, rows)
+        add_product(s, s.operand.copy_(mixed) if s.columns else mixed, self.out)
+        self.between(s)
+        torch.mm(s.operand, self.gate_up, out=s.gate_up)
+        F.silu(s.gate, inplace=True).mul_(s.up)
+        add_product(s, s.gate, self.down)
 
-    def _attention(self, x: Tensor, rows: Sequence[RowViews | None], cos: Tensor, sin: Tensor) -> Tensor:
-        heads = self.heads
-        qkv = linear(x, self.qkv, self.qkv_bias).contiguous().view(len(x), -1, heads.head_dim)
-        turning = qkv[:, : heads.rotated]
-        turning.copy_(rotate(turning.float(), cos, sin))
-        q = qkv[:, : heads.heads].view(len(x), 1, heads.kv_heads, -1, heads.head_dim).unbind(0)
-        kv = qkv[:, heads.heads :].view(len(x), 2, 1, heads.kv_heads, heads.head_dim).unbind(0)
-        nothing = torch.zeros_like(q[0])
-        mixed = [nothing if row is None else row.attend(self.slot, *its) for row, *its in zip_longest(rows, q, kv)]
-        return torch.cat(mixed).view(len(x), -1)
+
+class Head:
+    """From what comes out of a branch to logits."""
+
+    def __init__(self, norm: RMSNorm, head: nn.Linear) -> None:
+        self._norm = Norm(norm)
+        self._weight = head.weight.t()
+
+    def __call__(self, s: Scratch, logits: Tensor) -> None:
+        """Write the (B, V) logits of `s.x`."""
+        self._norm(s)
+        torch.mm(s.operand, self._weight, out=logits)
 
 
 class FusedLM:
@@ -115,15 +200,16 @@ class FusedLM:
         config = lm.config
         self.lm = lm
         self.rows = rows
-        heads = Heads(config.heads, config.kv_heads, config.head_dim)
-        layers = [FusedLayer(layer, slot, heads) for slot, layer in enumerate(_layers(lm))]
+        layers = [FusedLayer(layer, slot) for slot, layer in enumerate(_layers(lm))]
         self._trunk = layers[: config.fork_layer + 1]
         self._upper = layers[config.fork_layer + 1 : config.layers]
         self._mimo = layers[config.layers :]
-        positions = torch.arange(config.max_positions, device=lm.device)[:, None]
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
-        self._cos = cos[:, 0]  # (positions, 1, head_dim)
-        self._sin = torch.cat([-sin[..., : config.head_dim // 2], sin[..., config.head_dim // 2 :]], dim=-1)[:, 0]
+        self._heads = [Head(lm.model.norm, lm.lm_head)]
+        if not lm.text_only:
+            self._heads.append(Head(lm.model.mimo_norm, lm.mimo_output))
+        self._scratch = Scratch(config, rows, lm.lm_head.weight)
+        self._attend = TurnByTurn(self._scratch)
+        self._angles = signed_angles(config, lm.device)
 
     def new_cache(self, *, audio: bool) -> TurnCache:
         """An empty cache for one turn; without `audio` it has no room for the audio branch."""
@@ -132,50 +218,53 @@ class FusedLM:
         return TurnCache(slots, config.kv_heads, config.head_dim, self.lm.lm_head.weight)
 
     @torch.inference_mode()
-    def step(self, feeds: Sequence[RowFeed], wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
-        """Text and audio logits of the rows' next position, (B, V) each, or None where they are not wanted.
+    def step(self, feeds: Sequence[RowFeed], wanted: Wanted) -> Tensor:
+        """Logits of the rows' next position, text then audio, (2, B, V); every turn's cache has moved on by one.
 
-        Rows beyond the feeds hold garbage. Every turn's cache has moved on by one position.
+        Those that are not wanted, and rows beyond the feeds, are garbage. The next step overwrites them.
         """
-        rows = [RowViews(feed) for feed in feeds]
-        x, cos, sin = self._embed(feeds)
-        fork = self._through(self._trunk, x, rows, (cos, sin))
-        text, audio = (row.feed.text for row in rows), (row.feed.audio for row in rows)
-        text_hidden = self._branch(self._upper, fork, _only(rows, text), (cos, sin))
-        audio_hidden = self._branch(self._mimo, fork, _only(rows, audio), (cos, sin))
+        self._attend.begin(feeds)
+        self._scratch.fill([(feed.audio_id, feed.text_id, feed.cache.length) for feed in feeds])
+        texts, audios = ([row for row, feed in enumerate(feeds) if getattr(feed, part)] for part in ("text", "audio"))
+        self._run(Company(range(len(feeds)), texts, audios, wanted))
         for feed in feeds:
             feed.cache.advance(1)
-        text_logits = audio_logits = None
-        if wanted.text and text_hidden is not None:
-            text_logits = linear(norm(text_hidden, self.lm.model.norm), self.lm.lm_head.weight)
-        if wanted.audio and audio_hidden is not None:
-            audio_logits = linear(norm(audio_hidden, self.lm.model.mimo_norm), self.lm.mimo_output.weight)
-        return text_logits, audio_logits
+        return self._scratch.logits
 
-    def _embed(self, feeds: Sequence[RowFeed]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of both tracks' embeddings (B, H), cosines and sines (B, 1, D); idle rows have id and position 0."""
-        idle = [0] * (self.rows - len(feeds))
-        numbers = [
-            [feed.audio_id for feed in feeds] + idle,
-            [feed.text_id for feed in feeds] + idle,
-            [feed.cache.length for feed in feeds] + idle,
-        ]
-        audio, text, positions = torch.tensor(numbers, device=self.lm.device)
-        table = self.lm.model.embed_tokens.weight
-        return F.embedding(audio, table) + F.embedding(text, table), self._cos[positions], self._sin[positions]
+    def _run(self, company: Company) -> None:
+        """Compute the step; on a GPU there is another way."""
+        self._compute(company)
 
-    def _branch(
-        self, layers: Sequence[FusedLayer], x: Tensor, rows: Sequence[RowViews | None], turned: tuple[Tensor, Tensor]
-    ) -> Tensor | None:
-        """What comes out of a branch; None where no row needs it, so that nothing is computed."""
-        return self._through(layers, x, rows, turned) if any(rows) else None
+    def _compute(self, company: Company) -> None:
+        """From what was filled in to logits and caches: nothing here looks at a number or waits for one."""
+        s = self._scratch
+        both = company.texts and company.audios
+        self._embed()
+        self._through(self._trunk, company.all)
+        if both:
+            s.fork.copy_(s.x)
+        self._branch(Track.TEXT, company.texts, wanted=company.wanted.text)
+        if both:
+            s.x.copy_(s.fork)
+        self._branch(Track.AUDIO, company.audios, wanted=company.wanted.audio)
 
-    def _through(
-        self, layers: Sequence[FusedLayer], x: Tensor, rows: Sequence[RowViews | None], turned: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _embed(self) -> None:
+        """Sum of both tracks' embeddings, and the angles of the positions."""
+        s, table = self._scratch, self.lm.model.embed_tokens.weight
+        torch.index_select(table, 0, s.numbers[0], out=s.x)
+        s.x.add_(torch.index_select(table, 0, s.numbers[1], out=s.normed))
+        torch.index_select(self._angles, 0, s.numbers[2], out=s.angles)
+
+    def _branch(self, track: Track, rows: Sequence[int], *, wanted: bool) -> None:
+        """A branch, where a row needs it, and its logits, where they are wanted."""
+        if rows:
+            self._through(self._mimo if track is Track.AUDIO else self._upper, rows)
+            if wanted:
+                self._heads[track](self._scratch, self._scratch.logits[track])
+
+    def _through(self, layers: Sequence[FusedLayer], rows: Sequence[int]) -> None:
         for layer in layers:
-            x = layer(x, rows, *turned)
-        return x
+            layer(self._scratch, self._attend, rows)
 
 
 def _layers(lm: DualTrackLM) -> list[DecoderLayer]:
@@ -183,51 +272,46 @@ def _layers(lm: DualTrackLM) -> list[DecoderLayer]:
     return [*lm.model.layers, *(() if lm.text_only else lm.model.mimo_layers)]
 
 
-def _only(rows: Sequence[RowViews | None], needed: Iterable[bool]) -> list[RowViews | None]:
-    return [row if need else None for row, need in zip(rows, needed, strict=True)]
+def signed_angles(config: LMConfig, device: torch.device) -> Tensor:
+    """Cosines and sines of every position, (positions, 2, 1, head_dim); sines are negative in the first half."""
+    positions = torch.arange(config.max_positions, device=device)[:, None]
+    cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)  # (positions, 1, 1, head_dim)
+    sin[..., : config.head_dim // 2].neg_()
+    return torch.cat([cos, sin], dim=1)
 
 
 # ---- operations -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def fuse(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The weights (and biases) of projections that read the same input, on top of one another.
+def fuse(*parts: nn.Linear) -> Tensor:
+    """The weights of projections that read the same input, on top of one another.
 
     The parts become views of the result. Parts that are views of one matrix already are left as they are.
     """
-    whole = getattr(parts[0], "_fused_with", None)
+    whole: Tensor | None = getattr(parts[0], "_fused_with", None)
     if whole is None:
         whole = torch.cat([part.weight for part in parts])
         ends = tuple(accumulate(part.out_features for part in parts[:-1]))
         for part, rows in zip(parts, whole.tensor_split(ends), strict=True):
             part.weight.data = rows
         parts[0]._fused_with = whole
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return whole, bias
+    return whole
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (B, K), weight (N, K) -> (B, N), on the CPU transposed in memory beyond a few rows.
-
-    BLAS is fastest there when the rows are what lies side by side.
-    """
-    if x.is_cuda or len(x) <= FEW_ROWS:
-        return F.linear(x, weight, bias)
-    columns = x.t().contiguous()
-    if bias is None:
-        return torch.mm(weight, columns).t()
-    return torch.addmm(bias[:, None], weight, columns).t()
+def rotate(s: Scratch) -> None:
+    """Turn queries and keys of `s.qkv` by `s.angles`, in float32; values follow as they are."""
+    torch.mul(s.turning, s.cos, out=s.wide)
+    s.wide_halves[0].addcmul_(s.halves[1], s.sines[0])
+    s.wide_halves[1].addcmul_(s.halves[0], s.sines[1])
+    if s.turned is not s.wide:
+        s.turned.copy_(s.wide)
+    s.values.copy_(s.given)
 
 
-def norm(x: Tensor, by: RMSNorm) -> Tensor:
-    """`RMSNorm` in fewer operations: (B, H) -> (B, H)."""
-    wide = x.float()
-    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    scale = torch.addcmul(wide.new_full((), by.eps), size, size, value=1 / x.shape[-1]).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(by.weight)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, heads, D) float32; sines (B, 1, D) are negative in the first half."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+def add_product(s: Scratch, x: Tensor, weight: Tensor) -> None:
+    """`s.x` += x @ weight; x (B, K), weight (K, H)."""
+    if s.columns:  # BLAS writes columns, s.x lies in rows
+        s.x.add_(torch.mm(x, weight, out=s.product))
+    else:
+        s.x.addmm_(x, weight)

@@ -148,7 +148,7 @@ def distribution(logits: Tensor, params: Sequence[TrackSampling]) -> tuple[Tenso
     """
     found = _candidates(logits, params)
     if not found.numbers.all():
-        raise _no_numbers()
+        raise no_numbers()
     weights = found.weights[:, : found.ids.shape[1]]
     return found.ids, weights / weights.sum(dim=-1, keepdim=True)
 
@@ -163,11 +163,11 @@ def _ordered(logits: Tensor, count: int) -> Tensor:
             ids = ids[:, :count].sort(dim=-1).values
             order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
             return ids.gather(-1, order)
-    return _ordered_by_bits(logits, count)
+    return ordered_by_bits(logits, count)
 
 
-def _ordered_by_bits(logits: Tensor, count: int) -> Tensor:
-    """The same where equal logits, or NaN, lie across the border.
+def ordered_by_bits(logits: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest of (..., V), as `_ordered`, where equal logits or NaN lie across the border.
 
     Sorts integers made of the float's bits (order-preserving) and, below them, the id: no two are equal.
     """
@@ -178,34 +178,25 @@ def _ordered_by_bits(logits: Tensor, count: int) -> Tensor:
     return ((rising << 32) | (0xFFFFFFFF - ids)).topk(count, dim=-1).indices
 
 
-def draw(
+def choose(
     logits: Tensor, params: Sequence[TrackSampling], histories: Sequence[Sequence[int]], uniforms: Sequence[float]
-) -> list[int | NumericsError]:
+) -> list[int]:
     """One id per row by inverse CDF: the first candidate whose share of the sum, with those before it, exceeds the
     row's number in [0, 1). Where rounding leaves none, the last candidate that can be drawn.
 
-    logits (B, V). A row whose logits are NaN or infinite gets an error in place of an id.
+    logits (B, V). Raises NumericsError where a row's logits are NaN or infinite.
     """
     found = _candidates(penalise(logits, params, histories), params)
+    if not found.numbers.all():
+        raise no_numbers()
     sums = found.weights.cumsum(dim=-1)  # (B, K')
     exceeds = sums > torch.tensor(uniforms, dtype=torch.float64)[:, None] * sums[:, -1:]
     last = (found.weights > 0).sum(dim=-1) - 1
     place = torch.where(exceeds.any(dim=-1), exceeds.int().argmax(dim=-1), last).clamp(min=0)  # (B,)
-    ids = found.ids.gather(-1, place[:, None])[:, 0].tolist()
-    return [token if number else _no_numbers() for token, number in zip(ids, found.numbers.tolist(), strict=True)]
+    drawn: list[int] = found.ids.gather(-1, place[:, None])[:, 0].tolist()
+    return drawn
 
 
-def choose(
-    logits: Tensor, params: Sequence[TrackSampling], histories: Sequence[Sequence[int]], uniforms: Sequence[float]
-) -> list[int]:
-    """`draw`, but an error of one row is raised."""
-    ids = []
-    for token in draw(logits, params, histories, uniforms):
-        if isinstance(token, NumericsError):
-            raise token
-        ids.append(token)
-    return ids
-
-
-def _no_numbers() -> NumericsError:
+def no_numbers() -> NumericsError:
+    """What is raised for logits that are NaN or infinite."""
     return NumericsError("the language model gave NaN or infinite logits; try bfloat16 or float32")

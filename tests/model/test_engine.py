@@ -256,9 +256,9 @@ def test_an_answer_that_breaks_takes_nobody_with_it(engine, monkeypatch):
     real = engine._fused.step
 
     def poisoned(feeds, wanted):
-        text, audio = real(feeds, wanted)
-        text[1] = math.nan
-        return text, audio
+        logits = real(feeds, wanted)
+        logits[Track.TEXT, 1] = math.nan
+        return logits
 
     monkeypatch.setattr(engine._fused, "step", poisoned)
     step, numbers, replay = engine.step([good, broken, wrong])
@@ -278,9 +278,9 @@ def computed(engine, monkeypatch):
     real = fused._through
     names = {id(fused._trunk): "trunk", id(fused._upper): "text", id(fused._mimo): "audio"}
 
-    def noted(layers, x, rows, turned):
-        parts.append((names[id(layers)], sum(row is not None for row in rows)))
-        return real(layers, x, rows, turned)
+    def noted(layers, rows):
+        parts.append((names[id(layers)], len(rows)))
+        return real(layers, rows)
 
     monkeypatch.setattr(fused, "_through", noted)
     return parts

@@ -1,24 +1,32 @@
 """The operations of the fused step against the plain ones."""
 
+import dataclasses
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kimia.model import lm as plain
-from kimia.model.fused import FEW_ROWS, FusedLM, fuse, linear, norm, rotate
-from tests.model.tiny_lm import random_lm
+from kimia.model.fused import FEW_ROWS, FusedLM, Head, Norm, Scratch, add_product, fuse, rotate, signed_angles
+from tests.model.tiny_lm import CONFIG, random_lm
 
 pytestmark = pytest.mark.unit
+
+ROWS = pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 16])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def scratch(rows: int, dtype: torch.dtype = torch.float32) -> Scratch:
+    made = Scratch(CONFIG, rows, torch.empty(0, dtype=dtype))
+    made.x.normal_(0, 5, generator=torch.Generator().manual_seed(rows))
+    return made
 
 
 def test_parts_become_views_of_the_whole_and_are_fused_once():
     parts = [nn.Linear(6, width) for width in (4, 2, 2)]
     before = [part(torch.ones(6)) for part in parts]
-    whole, bias = fuse(*parts)
-    again, _ = fuse(*parts)
-    assert again is whole
-    assert bias.shape == (8,)
+    whole = fuse(*parts)
+    assert fuse(*parts) is whole
     assert all(part.weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for part in parts)
     torch.testing.assert_close(torch.cat([part(torch.ones(6)) for part in parts]), torch.cat(before), atol=0, rtol=0)
 
@@ -26,30 +34,54 @@ def test_parts_become_views_of_the_whole_and_are_fused_once():
 def test_two_engines_over_one_model_share_its_weights():
     lm = random_lm()
     first, second = FusedLM(lm, 1), FusedLM(lm, 4)
-    assert all(one.qkv is other.qkv for one, other in zip(first._trunk, second._trunk, strict=True))
+    for one, other in zip(first._trunk, second._trunk, strict=True):
+        assert one.qkv.data_ptr() == other.qkv.data_ptr()
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 16])
-@pytest.mark.parametrize("bias", [None, torch.arange(5.0)])
-def test_products(rows, bias):
-    generator = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, 7, generator=generator), torch.randn(5, 7, generator=generator)
-    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+@ROWS
+@torch.no_grad()
+def test_a_product_is_added(rows):
+    s = scratch(rows)
+    x, weight = torch.randn(rows, 7), torch.randn(7, CONFIG.hidden_size)
+    expected = s.x + x @ weight
+    add_product(s, x, weight)
+    torch.testing.assert_close(s.x, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm(dtype):
-    by = plain.RMSNorm(32, 1e-6).to(dtype)
-    by.weight.data = torch.linspace(-2, 2, 32).to(dtype)
-    x = (torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 5).to(dtype)
-    with torch.no_grad():
-        assert norm(x, by).dtype == dtype
-        torch.testing.assert_close(norm(x, by), by(x))
+@ROWS
+@DTYPES
+@torch.no_grad()
+def test_norm_and_head(rows, dtype):
+    norm, head = plain.RMSNorm(CONFIG.hidden_size, 1e-6).to(dtype), nn.Linear(CONFIG.hidden_size, 61, bias=False)
+    norm.weight.data = torch.linspace(-2, 2, CONFIG.hidden_size).to(dtype)
+    s, head = scratch(rows, dtype), head.to(dtype)
+    Norm(norm)(s)
+    torch.testing.assert_close(s.operand, norm(s.x))
+    Head(norm, head)(s, s.logits[1])
+    torch.testing.assert_close(s.logits[1], head(norm(s.x)))
 
 
-def test_rotation():
-    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
-    cos, sin = plain.rotary_tables(torch.tensor([[4], [0], [99]]), 8, 1000.0)  # (3, 1, 1, 8)
-    signed = torch.cat([-sin[..., :4], sin[..., 4:]], dim=-1)
-    expected = plain.rotate(x[:, :, None], cos, sin)[:, :, 0]
-    torch.testing.assert_close(rotate(x, cos[:, 0], signed[:, 0]), expected)
+@ROWS
+@DTYPES
+@torch.no_grad()
+def test_rotation(rows, dtype):
+    s = scratch(rows, dtype)
+    s.qkv.normal_(generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(rows)[:, None] * 7
+    config = dataclasses.replace(CONFIG, max_positions=200)
+    s.angles.copy_(signed_angles(config, torch.device("cpu"))[positions[:, 0]])
+    given = s.qkv.clone().view(rows, -1, 1, CONFIG.head_dim)  # (B, heads, 1, D)
+    rotate(s)
+    cos, sin = plain.rotary_tables(positions, CONFIG.head_dim, CONFIG.rope_theta)
+    turned = plain.rotate(given[:, : -CONFIG.kv_heads], cos, sin)[:, :, 0]
+    for row in range(rows):
+        torch.testing.assert_close(s.queries[row].reshape(-1), turned[row, : CONFIG.heads].reshape(-1))
+        torch.testing.assert_close(s.keys_values[row, 0], turned[row, CONFIG.heads :])
+        torch.testing.assert_close(s.keys_values[row, 1], given[row, -CONFIG.kv_heads :, 0], atol=0, rtol=0)
+
+
+def test_rows_without_a_turn_have_zeros():
+    s = scratch(4)
+    s.fill([(1, 2, 3)] * 4)
+    s.fill([(5, 6, 7)])
+    assert s.numbers.tolist() == [[5, 0, 0, 0], [6, 0, 0, 0], [7, 0, 0, 0]]

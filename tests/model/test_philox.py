@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kimia.errors import ParameterError
-from kimia.model.philox import SEED_LIMIT, Track, _first_word, _words, check_seed, normal, uniform
+from kimia.model.philox import SEED_LIMIT, Track, _first_word, _words, check_seed, normal, uniform, uniforms
 
 pytestmark = pytest.mark.unit
 
@@ -27,6 +27,13 @@ def test_plain_integers_give_what_numpy_gives():
     for seed, step in keys.tolist():
         for track in Track:
             assert _first_word(seed, track, step) == int(_words(seed, track, step, 1)[0])
+
+
+@pytest.mark.parametrize("seed", [0, 7, 0x9E3779B97F4A7C15 >> 1, SEED_LIMIT - 1])
+@pytest.mark.parametrize("first", [0, 5, (1 << 40) - 3])
+def test_many_numbers_are_those_of_one_at_a_time(seed, first):
+    expected = [[uniform(seed, track, first + step) for step in range(9)] for track in (Track.TEXT, Track.AUDIO)]
+    assert uniforms(seed, first, 9).tolist() == expected
 
 
 def test_frozen_normals():

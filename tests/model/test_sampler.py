@@ -11,10 +11,9 @@ from kimia.model.sampler import (
     Sampling,
     TrackSampling,
     _ordered,
-    _ordered_by_bits,
     choose,
     distribution,
-    draw,
+    ordered_by_bits,
     penalise,
 )
 from tests.golden_data import golden
@@ -101,7 +100,7 @@ def test_both_ways_of_ordering_agree(levels):
     logits = torch.randint(-levels, levels, (50, 60), generator=generator) / 7
     logits[3, 5], logits[4, 8], logits[5, :9] = math.nan, math.inf, -math.inf
     for count in (1, 2, 7, 59, 60):
-        assert torch.equal(_ordered(logits, count), _ordered_by_bits(logits, count))
+        assert torch.equal(_ordered(logits, count), ordered_by_bits(logits, count))
 
 
 def test_order_holds_for_every_magnitude():
@@ -171,8 +170,8 @@ def test_a_row_draws_the_same_in_any_company(widest):
     _, probabilities = distribution(logits, [sampling])
     for border in probabilities[0].cumsum(-1).tolist()[:17]:
         for number in (math.nextafter(border, 0), border, math.nextafter(border, 1)):
-            alone = draw(logits, [sampling], [[]], [min(number, math.nextafter(1, 0))])
-            among = draw(
+            alone = choose(logits, [sampling], [[]], [min(number, math.nextafter(1, 0))])
+            among = choose(
                 logits.expand(3, 50),
                 [TrackSampling(1.1, widest), sampling, TrackSampling()],
                 [[]] * 3,

@@ -1,18 +1,19 @@
 """Who takes steps together, who waits, and what a turn that does not ask costs: nothing."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-import torch
 
 from kimia.compute import ComputeThread
 from kimia.errors import NumericsError
 from kimia.model.engine import Engine, context_bytes
 from kimia.model.generate import GenerateOptions, generate
 from kimia.model.lm import DualTrackLM, Row
+from kimia.model.philox import Track
 from kimia.model.prefix import Prefixes
 from kimia.runtime.metrics import PREFIX_BYTES
 from services.llm.scheduler import Answering, Scheduler
@@ -184,8 +185,9 @@ async def test_what_breaks_one_turn_ends_one_turn(watched: Watched, monkeypatch)
     real = watched.engine._fused.step
 
     def poisoned(feeds, wanted):
-        text, audio = real(feeds, wanted)
-        return None if text is None else torch.full_like(text, torch.nan), audio
+        logits = real(feeds, wanted)
+        logits[Track.TEXT] = math.nan
+        return logits
 
     monkeypatch.setattr(watched.engine._fused, "step", poisoned)
     fine, broken = await asyncio.gather(all_of(good), all_of(bad), return_exceptions=True)
