@@ -25,7 +25,7 @@ from kimia.model import philox
 from kimia.model.bigvgan import BigVGAN, load_vocoder, mel_spectrogram
 from kimia.model.checkpoint import Checkpoint
 from kimia.model.chunking import Push, pushes
-from kimia.model.crossfade import Tail
+from kimia.model.crossfade import Tail, rendered_mel
 from kimia.model.dit import Chunk, DiT, Prefix, load_dit
 from kimia.model.flow import time_grid
 from kimia.model.flow_cache import FlowCache
@@ -174,8 +174,8 @@ class Synthesis:
         self._noise = noise
         self._grid = time_grid(preset.ode_points, preset.solver)
         self._begun: Begun | None = None
-        silence = _Prompt(detokenizer.dit.empty_prefix(), 0)
-        self._state = _State(heard=self._behind(silence), prompt=silence)
+        self._silence = _Prompt(detokenizer.dit.empty_prefix(), 0)
+        self._state = _State(heard=self._behind(self._silence), prompt=self._silence)
 
     @property
     def position(self) -> int:
@@ -218,22 +218,30 @@ class Synthesis:
         return self._begun
 
     @torch.inference_mode()
-    def finish(self, begun: Begun) -> Tensor:
-        """The last part of a push, when its chunk is solved: the samples. Raises ParameterError if it is not."""
+    def rendered(self, begun: Begun) -> Tensor:
+        """What the vocoder makes sound of for a push whose chunk is solved: de-normalised mel (F, M), F possibly 0."""
+        return rendered_mel(self._denormalised(self._solved(begun)), begun.state.tail)
+
+    @torch.inference_mode()
+    def finish(self, begun: Begun, wave: Tensor | None = None) -> Tensor:
+        """The last part of a push, when its chunk is solved: the samples. Raises ParameterError if it is not.
+
+        `wave` is the vocoder's for the mel of `rendered`, where it was made together with those of other turns.
+        """
         state, solving, final = begun.state, begun.solving, begun.final
         if begun is not self._begun or not (solving is None or solving.done):
             raise ParameterError("a push ends when its chunk is solved, and before the next one begins")
         if solving is None and state.tail is None:
             self._begun, self._state = None, replace(state, finished=True)
             return torch.empty(0)
-        dit = self.detokenizer.dit
-        x = torch.empty(0, dit.config.mel_bins, device=dit.device) if solving is None else solving.x[0]
+        x = self._solved(begun)
         mel = self._denormalised(x)
-        pcm, tail = self.preset.seam.join(self._vocode, mel, state.tail, final)
+        wave = self._vocode(rendered_mel(mel, state.tail)) if wave is None else wave
+        pcm, tail = self.preset.seam.join(wave, mel, state.tail, final)
         pcm, x, mel = pcm.cpu(), x.cpu(), mel.cpu()
         # Nothing fails from here on: what is heard changes in place.
         nothing_more = final or solving is None
-        after = self._behind(_Prompt(dit.empty_prefix(), 0)) if nothing_more else self._after(begun.heard, mel.shape[0])
+        after = self._behind(self._silence) if nothing_more else self._after(begun.heard, mel.shape[0])
         self.report = Report(
             mel=mel,
             committed=None if final or not self.preset.look_ahead else x,
@@ -295,6 +303,11 @@ class Synthesis:
         """What is heard behind so many frames that a chunk keeps."""
         after = self._advanced(heard, frames)
         return self._behind(self._state.prompt) if self._exhausted(after.position, frames) else after
+
+    def _solved(self, begun: Begun) -> Tensor:
+        """The normalised mel (T, M) that a push keeps."""
+        config, device = self.detokenizer.dit.config, self.detokenizer.dit.device
+        return torch.empty(0, config.mel_bins, device=device) if begun.solving is None else begun.solving.x[0]
 
     def _denormalised(self, x: Tensor) -> Tensor:
         config = self.detokenizer.dit.config
@@ -384,12 +397,12 @@ class Synthesis:
         """
         tail: Tail | None = None
         for index, part in enumerate(parts):
-            vocode = self._vocode if index + 1 == len(parts) else self._silent
-            _, tail = self.preset.seam.join(vocode, self._denormalised(part.x), tail, final=False)
+            mel = self._denormalised(part.x)
+            seen = rendered_mel(mel, tail)
+            silent = seen.new_zeros(seen.shape[0] * self.detokenizer.vocoder.config.hop)
+            wave = self._vocode(seen) if index + 1 == len(parts) else silent
+            _, tail = self.preset.seam.join(wave, mel, tail, final=False)
         return tail
-
-    def _silent(self, mel: Tensor) -> Tensor:
-        return mel.new_zeros(mel.shape[0] * self.detokenizer.vocoder.config.hop)
 
     # ---- timbre ----
 
@@ -411,7 +424,7 @@ class Synthesis:
                 f"and chunks of at least one frame, got {len(ids)} tokens and chunks of {chunk}"
             )
         mel = self._prompt_mel(wave, len(ids))
-        heard = self._behind(_Prompt(self.detokenizer.dit.empty_prefix(), 0))
+        heard = self._behind(self._silence)
         for start, stop in _prompt_pieces(len(ids), chunk):
             piece = self._chunk(ids[start:stop], 1, heard)
             self.detokenizer.engine.commit(mel[start:stop], piece)

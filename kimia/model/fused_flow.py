@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kimia.model.dit import NORM_EPS, Block, Chunk, DiT, Packed
@@ -29,8 +29,9 @@ class FusedDiT:
     def __init__(self, dit: DiT) -> None:
         self._dit = dit
         self._width = dit.config.hidden_size
-        modulations = [block.adaLN_modulation[1] for block in dit.blocks] + [dit.final_layer.adaLN_modulation[1]]
-        self._weight, self._bias = fuse(*modulations)
+        self._blocks = [block for block in dit.blocks if isinstance(block, Block)]
+        modulations = [block.adaLN_modulation for block in self._blocks] + [dit.final_layer.adaLN_modulation]
+        self._weight, self._bias = fuse(*(part[1] for part in modulations if isinstance(part[1], nn.Linear)))
 
     def modulate(self, times: Tensor, tokens: Tensor) -> Tensor:
         """Modulations of embedded tokens (n, D) at embedded times (S, 1 or n, D): (S, n, 6 L + 2, D).
@@ -54,7 +55,7 @@ class FusedDiT:
         if chunk.position is not None:
             h = h + chunk.position
         h = h.view(-1, chunk.repeat, width)  # (n, r, D)
-        for layer, block in enumerate(dit.blocks):
+        for layer, block in enumerate(self._blocks):
             h = _through(block, h, parts, chunk, layer)
         last = dit.final_layer.linear
         return F.linear(_modulated(h, parts).view(-1, width), last.weight, last.bias)
@@ -87,7 +88,8 @@ def _attend(qkv: Tensor, heads: int, chunk: Chunk | Packed, layer: int) -> Tenso
 
 def _turn(qk: Tensor, turning: Tensor) -> None:
     """Rotate neighbouring pairs of qk (T, 2, H, d) in place, in float32, by (T, 1, 1, d / 2) complex numbers."""
-    pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
+    wide = qk.float()
+    pairs = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2))
     if qk.dtype == torch.float32:
         pairs.mul_(turning)  # a view of qk
     else:
