@@ -31,7 +31,8 @@ class FusedDiT:
         self._width = dit.config.hidden_size
         self._blocks = [block for block in dit.blocks if isinstance(block, Block)]
         modulations = [block.adaLN_modulation for block in self._blocks] + [dit.final_layer.adaLN_modulation]
-        self._weight, self._bias = fuse(*(part[1] for part in modulations if isinstance(part[1], nn.Linear)))
+        linears = [part[1] for part in modulations if isinstance(part[1], nn.Linear)]
+        self._weight, self._bias = fuse(*linears), torch.cat([linear.bias for linear in linears])
 
     def modulate(self, times: Tensor, tokens: Tensor) -> Tensor:
         """Modulations of embedded tokens (n, D) at embedded times (S, 1 or n, D): (S, n, 6 L + 2, D).
