@@ -38,6 +38,7 @@ demo: $(STAMP)  ## a recorded question through the whole service, and where the 
 test: export OMP_NUM_THREADS = 1  # as many processes as cores, and tiny matrices
 test: $(STAMP)  ## the tests, as continuous integration runs them
 	@test -d .redis7 || bash tests/fetch_redis7.sh || echo "Redis 7.0.15 could not be fetched: what runs on Valkey only is said below"
+	@test -d .triton || bash tests/fetch_triton.sh || echo "Triton could not be fetched: what needs it is skipped below"
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 e2e: $(STAMP)  ## the whole system in containers: needs a Docker engine, 2 GB of packages the first time

@@ -43,10 +43,13 @@ _FEATURE_DTYPES = {number: dtype for dtype, number in FEATURE_TYPES.items()}
 class ComputeThread:
     """The thread in which a process computes."""
 
-    def __init__(self, threads: int = 0) -> None:
-        """`threads` that torch may use for one operation; 0: as it is set up."""
+    def __init__(self, threads: int = 0, *, calls: int = 1) -> None:
+        """`threads` that torch may use for one operation; 0: as it is set up.
+
+        `calls` at once: 1, except where a call only waits for another machine.
+        """
         self._threads = threads
-        self._executor = ThreadPoolExecutor(1, "compute", initializer=self._set_up)
+        self._executor = ThreadPoolExecutor(calls, "compute", initializer=self._set_up)
 
     def _set_up(self) -> None:
         if self._threads:

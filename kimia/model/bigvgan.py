@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,17 @@ OVERSAMPLING = 2  # rate at which Snake is applied
 DIVISION_GUARD = 1e-9  # added to Snake's divisor
 POWER_FLOOR = 1e-9  # under the magnitude's root
 MEL_FLOOR = 1e-5  # of the magnitude, before the logarithm
+
+
+class Vocoder(Protocol):
+    """What makes sound of mels, here or elsewhere."""
+
+    @property
+    def config(self) -> VocoderConfig:
+        """Its dimensions."""
+
+    def __call__(self, mel: Tensor, /) -> Tensor:
+        """De-normalised log-mel (B, M, F) -> waveform in -1..1 (B, hop * F), float32 on the same device."""
 
 
 # ---- the activation ---------------------------------------------------------------------------------------------

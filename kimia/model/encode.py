@@ -18,7 +18,7 @@ from torch import Tensor
 from kimia.errors import ConfigError
 from kimia.model.audio import BATCH_SEGMENTS, Segment, cut
 from kimia.model.checkpoint import Checkpoint
-from kimia.model.config import EncoderConfig, exact_div
+from kimia.model.config import EncoderConfig, FeatureConfig, exact_div
 from kimia.model.vq import VQTokenizer, load_vq
 from kimia.model.whisper import WhisperFeatures, load_whisper
 
@@ -48,6 +48,11 @@ class AudioEncoder:
     def device(self) -> torch.device:
         """Where both encoders are."""
         return self.vq.codebook.weight.device
+
+    @property
+    def features(self) -> FeatureConfig:
+        """What both encoders read: rate, segments, mel."""
+        return self.vq.features
 
     @property
     def sample_rate(self) -> int:

@@ -22,10 +22,10 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import grpc.aio
 
@@ -41,6 +41,7 @@ from kimia.stage import Stage, StageKind
 from kimia.streams.patience import end
 
 if TYPE_CHECKING:
+    from kimia.runtime.triton import TritonHost
     from kimia.runtime.worker import Worker
     from kimia.streams.wire import Wire
 
@@ -74,6 +75,14 @@ class Service(Protocol):
 
     async def aclose(self) -> None:
         """Give back what `start` has taken, whether or not it was finished."""
+
+
+@runtime_checkable
+class Dependent(Protocol):
+    """A service that cannot work without another server besides Redis."""
+
+    async def watch(self, tell: Callable[[bool], None]) -> None:
+        """Tell whenever that server falls silent or answers again."""
 
 
 def run_stage(build: Callable[[Settings], Stage], kind: StageKind, settings: Settings | None = None) -> int:
@@ -145,12 +154,26 @@ async def serve(service: Service, settings: Settings, signals: asyncio.Queue[str
         with _ready_file(settings.ready_file, address):
             health.set(True)
             log.info("serving", address=address)
-            await _unless_signalled(asyncio.shield(working), signals)
+            async with _watched(service, health):
+                await _unless_signalled(asyncio.shield(working), signals)
         health.close()
         await _drained(service, server, settings.drain_seconds, signals)
         await _ended(working)
         log.info("stopped")
         return 0
+
+
+@contextlib.asynccontextmanager
+async def _watched(service: Service, health: Health) -> AsyncIterator[None]:
+    """Health follows what the service depends on, for as long as it serves."""
+    if not isinstance(service, Dependent):
+        yield
+        return
+    watching = asyncio.create_task(service.watch(health.set))
+    try:
+        yield
+    finally:
+        await end([watching])
 
 
 async def _drained(service: Service, server: grpc.aio.Server, seconds: float, signals: asyncio.Queue[str]) -> None:
@@ -237,6 +260,7 @@ class StageService:
         self._wire: Wire | None = None
         self._worker: Worker | None = None
         self._drained = asyncio.Event()
+        self._host: TritonHost | None = None
         ROWS.labels(stage=kind.name).set(self._rows.count)
         ROWS_USED.labels(stage=kind.name).set_function(lambda: self._rows.used)
         PARKED.labels(stage=kind.name).set_function(lambda: self._rows.parked)
@@ -249,6 +273,7 @@ class StageService:
         """Load the weights, warm up, reach Redis. Raises CheckpointError and the like."""
         stage = await in_thread(lambda: self._build(self._settings))
         log.info("loaded")
+        self._host = getattr(stage, "host", None)
         await stage.warm_up()
         log.info("warmed up")
         if not self._settings.redis_url:
@@ -267,6 +292,11 @@ class StageService:
         """Serve the pipeline; without one, wait for the end."""
         await (self._drained.wait() if self._worker is None else self._worker.run())
 
+    async def watch(self, tell: Callable[[bool], None]) -> None:
+        """Of the server that computes for the stage, if there is one."""
+        if self._host is not None:
+            await self._host.watch(tell)
+
     async def drain(self, seconds: float) -> None:
         """Refuse direct clients, hand the pipeline's turns over that do not end in time."""
         self._direct.close()
@@ -275,9 +305,11 @@ class StageService:
             await self._worker.drain(seconds)
 
     async def aclose(self) -> None:
-        """Leave Redis."""
+        """Leave Redis, and the server that computes for the stage."""
         if self._wire is not None:
             await self._wire.aclose()
+        if self._host is not None:
+            await self._host.aclose()
 
 
 def consumer_name(kind: str) -> str:

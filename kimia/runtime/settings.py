@@ -62,6 +62,11 @@ class Settings(BaseSettings):
     dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
         "", description="Type of weights and activations. Empty: bfloat16 on CUDA, float32 on the CPU"
     )
+    engine: str = Field(
+        "",
+        pattern=r"^(triton://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})?$",
+        description="`triton://host:port`: a Triton server computes encoders and vocoder. Empty: the process does",
+    )
     rows: int = Field(4, ge=1, description="Turns that a stage computes at once")
     prefix_bytes: int = Field(
         -1,

@@ -272,7 +272,8 @@ def _compare_vocoder(golden: _Set, name: str, comparison: Comparison) -> None:
 @torch.inference_mode()
 def _compare_snake(golden: _Set, name: str, comparison: Comparison) -> None:
     """The activation of `resblocks.0.activations.0` and its filters."""
-    activation: Any = golden.detokenizer.vocoder.get_submodule("resblocks.0.activations.0")
+    vocoder: Any = golden.detokenizer.vocoder
+    activation = vocoder.get_submodule("resblocks.0.activations.0")
     actual = {
         "y": activation(golden.unit[f"{name}.x"][None].to(golden.device))[0],
         "filter_up": activation.upsample.filter.flatten(),

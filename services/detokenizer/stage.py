@@ -18,11 +18,14 @@ from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, o
 from kimia.errors import ParameterError
 from kimia.model.chunking import ChunkPlanner, Push
 from kimia.model.detokenize import Detokenizer, Synthesis
+from kimia.model.dit import load_dit
 from kimia.model.presets import LOW_LATENCY, find_preset
 from kimia.runtime.settings import Settings
+from kimia.runtime.triton import TritonHost
 from kimia.sound import to_s16
 from kimia.stage import DETOKENIZER, StageKind
 from kimia.v1.turn_pb2 import FEATURE_TYPE_F32, Chunk, Speech, StageReport, Step, Turn
+from services.detokenizer.hosted import HostedVocoder
 from services.detokenizer.scheduler import Scheduler
 
 WARM_UP_CODES = 16  # a push and a flush
@@ -33,22 +36,37 @@ class DetokenizerStage:
 
     kind: StageKind = DETOKENIZER
 
-    def __init__(self, detokenizer: Detokenizer, compute: ComputeThread, vocoder: ComputeThread) -> None:
-        """`compute` solves, `vocoder` makes sound of what is solved."""
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        compute: ComputeThread,
+        vocoder: ComputeThread,
+        host: TritonHost | None = None,
+    ) -> None:
+        """`compute` solves, `vocoder` makes sound of what is solved; `host` is where a HostedVocoder computes."""
         self.detokenizer = detokenizer
         self.compute = compute
         self.vocoder = vocoder
+        self.host = host
         self._scheduler = Scheduler(detokenizer, compute, vocoder)
 
     @classmethod
     def load(cls, settings: Settings) -> DetokenizerStage:
         """Load the detokenizer of the settings' checkpoint. Raises CheckpointError, ParameterError."""
         place = open_model(settings, detokenizer=True)
+        if settings.engine:
+            host = TritonHost.at(settings.engine)
+            vocoder = HostedVocoder.of(place.checkpoint, host)
+            detokenizer = Detokenizer(load_dit(place.checkpoint.flow, place.device, place.dtype), vocoder)
+            waiting = ComputeThread(settings.threads, calls=settings.rows)
+            return cls(detokenizer, ComputeThread(settings.threads), waiting, host)
         detokenizer = Detokenizer.load(place.checkpoint, place.device, place.dtype)
         return cls(detokenizer, ComputeThread(settings.threads), ComputeThread(settings.threads))
 
     async def warm_up(self) -> None:
-        """Speak for a second."""
+        """Speak for a second, when the vocoder's host is there. Raises CheckpointError if it is the wrong one."""
+        if isinstance(self.detokenizer.vocoder, HostedVocoder):
+            await self.detokenizer.vocoder.open()
         codes = [Chunk(index=index, step=Step(code=0)) for index in range(WARM_UP_CODES)]
         codes[-1].final = True
         async for _ in self.run(Turn(), replayed(*codes)):

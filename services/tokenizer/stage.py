@@ -15,14 +15,16 @@ from contextlib import aclosing
 from kimia.clips import wanted_sounds
 from kimia.compute import FEATURE_TYPES, ComputeThread, cut_off, feature_bytes, open_model, replayed
 from kimia.model.encode import AudioEncoder
+from kimia.model.fingerprint import fingerprint
 from kimia.model.prompt import Encoded as EncodedClip
 from kimia.runtime.settings import Settings
+from kimia.runtime.triton import TritonHost
 from kimia.stage import TOKENIZER, StageKind
 from kimia.v1.audio_pb2 import ENCODING_PCM_S16LE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import ROLE_USER, Message
 from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, StageReport, Turn
-from services.tokenizer.fingerprint import fingerprint
 from services.tokenizer.gathering import ClipReader, Gathering
+from services.tokenizer.hosted import HostedEncoders
 from services.tokenizer.scheduler import Scheduler
 
 STRETCH = 12  # positions of a chunk, about a second
@@ -33,16 +35,19 @@ class TokenizerStage:
 
     kind: StageKind = TOKENIZER
 
-    def __init__(self, encoder: AudioEncoder, compute: ComputeThread, fingerprint: str = "") -> None:
+    def __init__(self, encoder: AudioEncoder | HostedEncoders, compute: ComputeThread, fingerprint: str = "") -> None:
         self.encoder = encoder
         self.compute = compute
-        self.scheduler = Scheduler(encoder, compute)
+        self.host = encoder.host if isinstance(encoder, HostedEncoders) else None
+        self.scheduler = encoder if isinstance(encoder, HostedEncoders) else Scheduler(encoder, compute)
         self.fingerprint = fingerprint
 
     @classmethod
     def load(cls, settings: Settings) -> TokenizerStage:
         """Load the encoders of the settings' checkpoint. Raises CheckpointError, ParameterError."""
         place = open_model(settings)
+        if settings.engine:
+            return cls(HostedEncoders(place, TritonHost.at(settings.engine)), ComputeThread(settings.threads))
         width = place.configs.lm.adaptor_input_dim
         encoder = AudioEncoder.load(place.checkpoint, width, place.device, place.dtype)
         folders = (place.checkpoint.whisper, place.checkpoint.vq_tokenizer)
@@ -50,7 +55,9 @@ class TokenizerStage:
         return cls(encoder, ComputeThread(settings.threads), name)
 
     async def warm_up(self) -> None:
-        """Encode a second of silence."""
+        """Encode a second of silence, once the encoders' host is there. Raises CheckpointError if it has others."""
+        if isinstance(self.encoder, HostedEncoders):
+            self.fingerprint = await self.encoder.open()
         clip = Clip(format=AudioFormat(encoding=ENCODING_PCM_S16LE, sample_rate=16000))
         turn = Turn(messages=[Message(role=ROLE_USER, audio=clip)])
         silence = Chunk(final=True, input=InputAudio(data=bytes(32000), clip_end=True))
@@ -67,7 +74,7 @@ class TokenizerStage:
         """
         if published and published[-1].final:
             return
-        work = _Work(self.encoder, self.scheduler, turn, published)
+        work = _Work(self, turn, published)
         held: Chunk | None = None  # until it is known whether the log ends with it
         index = len(published)
         async for chunk in inbox:
@@ -88,11 +95,11 @@ class TokenizerStage:
 class _Work:
     """One turn in the stage."""
 
-    def __init__(self, encoder: AudioEncoder, scheduler: Scheduler, turn: Turn, published: Sequence[Chunk]) -> None:
-        features = encoder.vq.features
+    def __init__(self, stage: TokenizerStage, turn: Turn, published: Sequence[Chunk]) -> None:
+        features = stage.encoder.features
         self._gathering = Gathering(wanted_sounds(turn.messages), features.sample_rate, features.segment_samples)
-        self._scheduler = scheduler
-        self._samples_per_position = encoder.samples_per_position
+        self._scheduler = stage.scheduler
+        self._samples_per_position = stage.encoder.samples_per_position
         self._given: Counter[int] = Counter()  # positions of a clip
         self._done: Counter[int] = Counter()
         self._seconds = 0.0

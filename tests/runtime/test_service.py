@@ -252,6 +252,35 @@ async def test_while_the_pipeline_drains_direct_clients_are_refused(tmp_path):
         assert await task == 0
 
 
+async def test_health_follows_the_server_that_computes_for_the_stage(tmp_path):
+    class Host:
+        def __init__(self):
+            self.states, self.closed = asyncio.Queue(), False
+
+        async def watch(self, tell):
+            while True:
+                tell(await self.states.get())
+
+        async def aclose(self):
+            self.closed = True
+
+    stage = FakeDetokenizer()
+    stage.host = Host()
+    async with living(StageService(lambda _: stage, DETOKENIZER, Settings(redis_url="")), tmp_path) as (
+        task,
+        signals,
+        ready,
+    ):
+        address = await until(ready)
+        for there, state in ((False, "NOT_SERVING"), (True, "SERVING")):
+            stage.host.states.put_nowait(there)
+            while await asyncio.to_thread(probe, address) != state:
+                await asyncio.sleep(0.005)
+        signals.put_nowait("SIGTERM")
+        assert await task == 0
+    assert stage.host.closed
+
+
 async def test_redis_may_come_later(tmp_path, valkey_url, monkeypatch):
     attempts, reach = [], Wire.connect
 

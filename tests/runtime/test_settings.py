@@ -56,6 +56,13 @@ def test_wrong_addresses_are_refused(monkeypatch, value):
         read_settings()
 
 
+@pytest.mark.parametrize("value", ["triton", "triton://host", "http://host:1", "triton://host:1/x"])
+def test_wrong_engines_are_refused(monkeypatch, value):
+    monkeypatch.setenv("KIMIA_ENGINE", value)
+    with pytest.raises(SettingsError, match="KIMIA_ENGINE"):
+        read_settings()
+
+
 @pytest.mark.parametrize("name", ["KIMIA_REDIS_URL", "KIMIA_BLOB_URL"])
 def test_wrong_urls_are_refused_without_showing_them(monkeypatch, name):
     monkeypatch.setenv(name, "http://user:swordfish@host")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.tokenizer.fingerprint import SAMPLE_BYTES, SAMPLES, fingerprint
+from kimia.model.fingerprint import SAMPLE_BYTES, SAMPLES, fingerprint
 
 pytestmark = pytest.mark.unit
 

@@ -1,4 +1,4 @@
-"""A short name for the weights of a checkpoint, so that features of one are never read as those of another."""
+"""A short name for weights of a checkpoint, so that what some have computed is never taken for that of others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fingerprint(folders: Iterable[Path], *conditions: str) -> str:
     """Hexadecimal digits that change with any config and, but for rare cases, any weight in the folders.
 
     Small files count with all their bytes, weights with their size and samples spread over them, so that gigabytes
-    need not be read; names of folders do not count. `conditions` is what else the features depend on.
+    need not be read; names of folders do not count. `conditions` is what else the results depend on.
     """
     digest = hashlib.sha256("\0".join(conditions).encode())
     for folder in folders:
