@@ -1,17 +1,19 @@
 """The detokenizer: going on behind another worker, and chunks of several turns together, against their plain twins.
 
     python -m benchmarks.detokenizer take-over [--sizes smallest,tiny,150m] [--seconds 6,24] [--repeats 5]
-    python -m benchmarks.detokenizer engine [--sizes smallest,tiny,150m] [--turns 1,8] [--points 30] [--repeats 5]
+    python -m benchmarks.detokenizer engine [--sizes smallest,tiny,150m] [--turns 1,8] [--chunks steady,first]
+        [--points 30] [--repeats 5]
 
 prints JSON. Weights are random; `150m` has a flow model of 151 million parameters and the vocoder
 of `tiny`. Every repeat runs both ways one after the other; medians, and the ratio of each pair.
 
 take_over   after so many seconds of speech: `restore` against synthesising the same pushes again, in ms, and the
             bytes of mel that must be fetched
-engine      one chunk (41 tokens behind a full window of 900 mel frames) of each of so many turns, commit included, in
-            ms of processor time: `FlowEngine`, at most 492 frames in one evaluation; one after the other by `solve`;
-            and so with a modulation for every repeated frame, as the release has it, which is the plain twin. `parts`
-            is where the engine's time goes, by operator.
+engine      one chunk of each of so many turns, commit included, in ms of processor time: `FlowEngine`, behind
+            `FlowCache`s, at most 492 frames in one evaluation, or one chunk (`alone`, as the service does on a CPU);
+            one after the other by `solve`, the plain twin; and as the release does it: a modulation for every
+            repeated frame, times embedded and the prefix copied in every step. `steady`: 41 tokens behind a full
+            window of 900 mel frames; `first`: 10 tokens behind nothing. `parts`: the engine's time by operator.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kimia.model.attention import attention
 from kimia.model.checkpoint import open_checkpoint
 from kimia.model.checkpoint_presets import PRESETS as CHECKPOINTS
 from kimia.model.chunking import Push, pushes
 from kimia.model.detokenize import UPSAMPLE, Detokenizer
 from kimia.model.dit import Chunk, DiT, Prefix
 from kimia.model.flow import TimeGrid, commit, solve, time_grid
+from kimia.model.flow_cache import FlowCache
 from kimia.model.flow_engine import FlowEngine, Solving
 from kimia.model.presets import LOW_LATENCY, Preset
 from kimia.model.prompt import TOKEN_RATE
@@ -51,8 +55,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "150m": {"flow": {"hidden_size": 1024, "depth": 8, "num_heads": 16}},
 }
-KEPT = LOW_LATENCY.commits[-1]  # tokens of a steady chunk
-TOKENS = KEPT + LOW_LATENCY.look_ahead
 FRAMES_AT_ONCE = 492  # three steady chunks
 
 
@@ -107,49 +109,102 @@ def _again(detokenizer: Detokenizer, preset: Preset, made: list[Push]) -> None:
 # ---- engine -----------------------------------------------------------------------------------------------------
 
 
-def engine(dit: DiT, turns: int, grid: TimeGrid, repeats: int) -> dict[str, Any]:
-    """The three ways, interleaved."""
-    config = dit.config
-    torch.manual_seed(1)
-    shape = (config.depth, 1, config.heads, LOW_LATENCY.kv_window, config.head_dim)
-    prefixes = [Prefix(torch.randn(shape), torch.randn(shape)) for _ in range(turns)]
-    noises = [torch.randn(1, TOKENS * UPSAMPLE, config.mel_bins) for _ in range(turns)]
-    ids = torch.arange(TOKENS)[None]
+@dataclass(frozen=True)
+class Released(Chunk):
+    """A chunk whose prefix is copied before every attention."""
 
-    def chunks(repeat: int) -> list[Chunk]:
-        spread = ids.repeat_interleave(UPSAMPLE // repeat, 1)
-        return [dit.chunk(spread, repeat, LOW_LATENCY.kv_window, prefix) for prefix in prefixes]
+    prefix: Prefix
 
-    def one_by_one(repeat: int) -> list[Tensor]:
-        found, kept = [], KEPT * UPSAMPLE
-        for chunk, noise in zip(chunks(repeat), noises, strict=True):
-            found.append(solve(dit, noise, chunk, grid)[:, :kept])
-            commit(dit, found[-1], chunk.head(kept // repeat))
-        return found
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As Chunk.attend."""
+        keys, values = torch.cat([self.prefix.keys[layer], k], 2), torch.cat([self.prefix.values[layer], v], 2)
+        return attention(q, keys, values, self.visible)
 
-    def together() -> list[Tensor]:
-        flow, solvings = FlowEngine(dit), []
-        for chunk, noise in zip(chunks(UPSAMPLE), noises, strict=True):
-            solvings.append(Solving(chunk, noise, grid, KEPT, commits=True))
+
+class Engines:
+    """One chunk of each of some turns, and the ways to solve it."""
+
+    def __init__(self, dit: DiT, turns: int, grid: TimeGrid, steady: bool) -> None:
+        torch.manual_seed(1)
+        config = dit.config
+        self.dit = dit
+        self.grid = grid
+        self.start = LOW_LATENCY.kv_window if steady else 0
+        self.kept = LOW_LATENCY.commits[-1 if steady else 0]
+        self.ids = torch.arange(self.kept + LOW_LATENCY.look_ahead)[None]
+        shape = (config.depth, 1, config.heads, self.start, config.head_dim)
+        self.prefixes = [Prefix(torch.randn(shape), torch.randn(shape)) for _ in range(turns)]
+        self.noises = [torch.randn(1, self.ids.numel() * UPSAMPLE, config.mel_bins) for _ in range(turns)]
+        self.caches = []
+        for prefix in self.prefixes:
+            cache = FlowCache(dit.empty_prefix(), LOW_LATENCY.kv_window, 8 * self.ids.numel())
+            cache.hear(prefix)
+            self.caches.append(cache)
+
+    def engine(self, frames: int) -> list[Tensor]:
+        """By FlowEngine, so many frames in one evaluation."""
+        flow, solvings, size = FlowEngine(self.dit), [], self.ids.numel() * UPSAMPLE
+        for cache, noise in zip(self.caches, self.noises, strict=True):
+            chunk = self.dit.chunk_within(self.ids, UPSAMPLE, self.start, cache.room(size))
+            solvings.append(Solving(chunk, noise, self.grid, self.kept, commits=True))
         while left := [solving for solving in solvings if not solving.done]:
-            flow.advance(left[: max(1, FRAMES_AT_ONCE // (TOKENS * UPSAMPLE))])
+            flow.advance(left[: max(1, frames // size)])
         return [solving.x for solving in solvings]
 
-    ways = {"engine": together, "one_by_one": lambda: one_by_one(UPSAMPLE), "plain_twin": lambda: one_by_one(1)}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    with torch.inference_mode():
-        mels = {name: torch.cat(way()) for name, way in ways.items()}
-        for _ in range(repeats):
-            for name, way in ways.items():
-                times[name].append(processor_milliseconds(way))
-        parts = _parts(together)
-    return {
-        **{f"{name}_ms": round(statistics.median(spent), 1) for name, spent in times.items()},
-        "plain_twin_over_engine": round(_ratio(times["plain_twin"], times["engine"]), 2),
-        "one_by_one_over_engine": round(_ratio(times["one_by_one"], times["engine"]), 2),
-        "largest_difference_of_mels": float((mels["engine"] - mels["plain_twin"]).abs().max()),
-        "parts": parts,
-    }
+    def plain_twin(self) -> list[Tensor]:
+        """One after the other; the prefix is copied once a chunk, a modulation is that of a token."""
+        return self._one_by_one(UPSAMPLE)
+
+    def frame_by_frame(self) -> list[Tensor]:
+        """The same with a modulation for every frame."""
+        return self._one_by_one(1)
+
+    def _one_by_one(self, repeat: int) -> list[Tensor]:
+        found, kept = [], self.kept * UPSAMPLE
+        spread = self.ids.repeat_interleave(UPSAMPLE // repeat, 1)
+        for prefix, noise in zip(self.prefixes, self.noises, strict=True):
+            chunk = self.dit.chunk(spread, repeat, self.start, prefix)
+            found.append(solve(self.dit, noise, chunk, self.grid)[:, :kept])
+            commit(self.dit, found[-1], chunk.head(kept // repeat))
+        return found
+
+    def as_released(self) -> list[Tensor]:
+        """One after the other; nothing is kept from one step to the next."""
+        found, kept = [], self.kept * UPSAMPLE
+        spread = self.ids.repeat_interleave(UPSAMPLE, 1)
+        for prefix, noise in zip(self.prefixes, self.noises, strict=True):
+            chunk = Released(**vars(self.dit.chunk(spread, 1, self.start, prefix)), prefix=prefix)
+            x = noise
+            for index, size in zip(self.grid.indices, self.grid.sizes, strict=True):
+                x = x + size * self.dit(x, self.dit.embed_times((index,)), chunk)
+            found.append(x[:, :kept])
+            commit(self.dit, found[-1], chunk.head(kept))
+        return found
+
+    def measured(self, repeats: int) -> dict[str, Any]:
+        """All ways, interleaved."""
+        ways: dict[str, Callable[[], list[Tensor]]] = {
+            "engine": lambda: self.engine(FRAMES_AT_ONCE),
+            "alone": lambda: self.engine(1),
+            "plain_twin": self.plain_twin,
+            "frame_by_frame": self.frame_by_frame,
+            "as_released": self.as_released,
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        with torch.inference_mode():
+            mels = {name: torch.cat(way()) for name, way in ways.items()}
+            for _ in range(repeats):
+                for name, way in ways.items():
+                    times[name].append(processor_milliseconds(way))
+            parts = _parts(ways["engine"])
+        slower = list(ways)[2:]
+        fast = min(times["engine"], times["alone"], key=statistics.median)
+        return {
+            **{f"{name}_ms": round(statistics.median(spent), 1) for name, spent in times.items()},
+            **{f"{name}_over_engine": round(_ratio(times[name], fast), 2) for name in slower},
+            "largest_difference_of_mels": float((mels["engine"] - mels["frame_by_frame"]).abs().max()),
+            "parts": parts,
+        }
 
 
 def processor_milliseconds(run: Callable[[], object]) -> float:
@@ -183,6 +238,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--seconds", default="6,24")
     parser.add_argument("--turns", default="1,8")
+    parser.add_argument("--chunks", default="steady,first")
     parser.add_argument("--points", type=int, default=LOW_LATENCY.ode_points)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -195,7 +251,11 @@ def main() -> None:
             found[size] |= {f"{s} s": take_over(detokenizer, float(s), args.repeats) for s in args.seconds.split(",")}
         else:
             grid = time_grid(args.points)
-            found[size] |= {n: engine(detokenizer.dit, int(n), grid, args.repeats) for n in args.turns.split(",")}
+            for kind in args.chunks.split(","):
+                found[size][kind] = {
+                    n: Engines(detokenizer.dit, int(n), grid, kind == "steady").measured(args.repeats)
+                    for n in args.turns.split(",")
+                }
     print(json.dumps(found, indent=1))
 
 

@@ -53,6 +53,7 @@ class Recipe:
     weights: Weights = Weights()
     decay: float = 0.99  # of the codebook's moving averages
     restart_every: int = 50  # steps
+    still_steps: int = 0  # before codes move: the first states of another network would drag them away
 
 
 class Head(nn.Module):
@@ -167,9 +168,10 @@ class CodeTraining(nn.Module):
             self.kept = []
         nearest = self.book.nearest(hidden.detach().flatten(0, 1)).view(hidden.shape[:2])
         rows = self.book.rows[nearest]
-        self.book.follow(inside, nearest[real])
-        if step % self.recipe.restart_every == 0:
-            self.book.restart(inside)
+        if step >= self.recipe.still_steps:
+            self.book.follow(inside, nearest[real])
+            if step % self.recipe.restart_every == 0:
+                self.book.restart(inside)
         return hidden + (rows - hidden).detach(), F.mse_loss(hidden[real], rows[real])
 
 

@@ -30,7 +30,7 @@ from kimia.model.writing import write_torch
 from training.config import trainer_configs, write_configs
 from training.corpus import load_clips
 from training.heads import take_over
-from training.loop import Loop, averaged_weights
+from training.loop import Loop, averaged_weights, fast_products
 from training.options import plan_of, trainer_parser
 from training.speaking import FRAMES_PER_TOKEN, Speaking, Spoken
 from training.voices import SPEAKER
@@ -94,14 +94,16 @@ class FlowTraining(nn.Module):
         noise = torch.randn(mel.shape, generator=generator)
         index = torch.randint(TIME_SCALE, (len(mel),), generator=generator)
         time = (index / TIME_SCALE)[:, None, None]
-        velocity = self.dit((1 - time) * noise + time * mel, self.dit.t_embedder(index), chunk)
+        with fast_products():
+            velocity = self.dit((1 - time) * noise + time * mel, self.dit.t_embedder(index), chunk).float()
         error: Tensor = velocity - (mel - noise)
         return error.square()
 
     def committed(self, mel: Tensor, codes: Tensor, start: int, prefix: _Layers) -> _Layers:
         """The prefix with a finished chunk's keys and values behind it."""
         chunk = self.chunk(codes, start, prefix)
-        self.dit(mel, self.dit.embed_times((COMMIT_TIME,)), chunk)
+        with fast_products():
+            self.dit(mel, self.dit.embed_times((COMMIT_TIME,)), chunk)
         return _layers(list(chunk.cache.keys), list(chunk.cache.values))
 
     # ---- whole clips ----

@@ -226,7 +226,7 @@ class _ExactAttention(TorchFunctionMode):
     """Attention in float32: its gradient in bfloat16 takes eight times as long on a processor as that in float32."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))

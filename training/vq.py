@@ -4,7 +4,7 @@
 
 The network is the release's (`kimia.model.vq`). It begins with the weights of the checkpoint's continuous encoder,
 which hears already, and with the codes of `training.study`, which both letters and speech can be read from; it learns
-to choose the code that the teacher's states choose. The codebook then follows its own states.
+to choose the code that the teacher's states choose. Only then do the codes follow its own states.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from training.study import TaughtCodes, load_study
 from training.teacher import TEACHER_WIDTH
 
 STAGE = "vq"
+STILL_SHARE = 0.4  # of the steps: before the study's codes move
 CODE_SOFTNESS = 0.1  # of the choice among codes: squared distance a dimension that costs half a nat
 
 
@@ -131,7 +132,8 @@ def main() -> None:
     parser.add_argument("--study", type=Path, required=True, help="run of the study, whose codes are learned")
     options = parser.parse_args()
     configs = trainer_configs()
-    training = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(0))
+    recipe = Recipe(continuous_steps=0, still_steps=round(STILL_SHARE * options.steps))
+    training = VQTraining(configs.vq, configs.vq_features, configs.flow, recipe)
     training.guide = (load_study(options.study, configs),)
     if options.start is not None:
         read_vq(options.start, training)

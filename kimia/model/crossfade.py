@@ -9,14 +9,11 @@ Shapes: F mel frames, M mel bins, S samples; hop = samples per frame.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-Vocode = Callable[[Tensor], Tensor]  # de-normalised mel (F, M) -> waveform (hop * F,)
 
 
 @dataclass(frozen=True)
@@ -27,11 +24,18 @@ class Tail:
     wave: Tensor  # (S,) the held-back rendering
 
 
+def rendered_mel(mel: Tensor, tail: Tail | None) -> Tensor:
+    """What is rendered for a chunk's mel (F, M): the tail's frames once more, and its own."""
+    return mel if tail is None else torch.cat([tail.mel, mel])
+
+
 class Seam(Protocol):
     """A law of joining."""
 
-    def join(self, vocode: Vocode, mel: Tensor, tail: Tail | None, final: bool) -> tuple[Tensor, Tail | None]:
-        """Render a chunk's mel (F, M) behind the tail: the samples to give out, and the next tail."""
+    def join(self, wave: Tensor, mel: Tensor, tail: Tail | None, final: bool) -> tuple[Tensor, Tail | None]:
+        """Behind the tail, of a chunk's mel (F, M) and the rendering of `rendered_mel`: the samples to give out, and
+        the next tail.
+        """
         ...
 
 
@@ -43,11 +47,10 @@ class ReleaseSeam:
     held part lose audio, so their sizes must not shrink.
     """
 
-    def join(self, vocode: Vocode, mel: Tensor, tail: Tail | None, final: bool) -> tuple[Tensor, Tail | None]:
+    def join(self, wave: Tensor, mel: Tensor, tail: Tail | None, final: bool) -> tuple[Tensor, Tail | None]:
         """As Seam.join."""
         if tail is None:
-            return self._first(vocode(mel), mel, final)
-        wave = vocode(torch.cat([tail.mel, mel]))
+            return self._first(wave, mel, final)
         if final:
             return wave, None
         hop = wave.shape[0] // (tail.mel.shape[0] + mel.shape[0])
@@ -77,10 +80,9 @@ class OverlapSeam:
     hold: int
     context: int
 
-    def join(self, vocode: Vocode, mel: Tensor, tail: Tail | None, final: bool) -> tuple[Tensor, Tail | None]:
+    def join(self, wave: Tensor, mel: Tensor, tail: Tail | None, final: bool) -> tuple[Tensor, Tail | None]:
         """As Seam.join."""
-        seen = mel if tail is None else torch.cat([tail.mel, mel])
-        wave = vocode(seen)
+        seen = rendered_mel(mel, tail)
         hop = wave.shape[0] // seen.shape[0]
         if tail is not None:
             held = tail.wave.shape[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -24,10 +25,11 @@ from kimia.model import philox
 from kimia.model.bigvgan import Vocoder, load_vocoder, mel_spectrogram
 from kimia.model.checkpoint import Checkpoint
 from kimia.model.chunking import Push, pushes
-from kimia.model.crossfade import Tail
+from kimia.model.crossfade import Tail, rendered_mel
 from kimia.model.dit import Chunk, DiT, Prefix, load_dit
-from kimia.model.flow import commit, solve, time_grid
-from kimia.model.flow_engine import Solving
+from kimia.model.flow import time_grid
+from kimia.model.flow_cache import FlowCache
+from kimia.model.flow_engine import FlowEngine, Solving
 from kimia.model.presets import Preset
 
 UPSAMPLE = 4  # mel frames per token: 12.5 Hz repeated to 50 Hz; a constant of the release's code, in no config
@@ -62,6 +64,11 @@ class Detokenizer:
         """
         dit = load_dit(checkpoint.flow, device, dtype)
         return cls(dit, load_vocoder(checkpoint.vocoder, device, torch.float32), upsample)
+
+    @cached_property
+    def engine(self) -> FlowEngine:
+        """What solves the chunks of turns that are pushed one after the other."""
+        return FlowEngine(self.dit)
 
     @property
     def sample_rate(self) -> int:
@@ -109,10 +116,18 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Heard:
-    """What the network attends to, and where the next frame stands."""
+class _Prompt:
+    """What a position reset goes back to."""
 
     prefix: Prefix
+    position: int  # of the first frame behind it
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What the network attends to, and where the next frame stands. A chunk that begins writes behind it."""
+
+    cache: FlowCache
     position: int
 
 
@@ -121,7 +136,7 @@ class _State:
     """One turn between two pushes."""
 
     heard: _Heard
-    prompt: _Heard  # what a position reset goes back to; shared safely, since a prefix is never modified
+    prompt: _Prompt
     left: tuple[int, ...] = ()  # look-ahead tokens, to be solved again
     tail: Tail | None = None
     chunks: int = 0
@@ -158,8 +173,9 @@ class Synthesis:
         self.report: Report | None = None
         self._noise = noise
         self._grid = time_grid(preset.ode_points, preset.solver)
-        silence = _Heard(detokenizer.dit.empty_prefix(), 0)
-        self._state = _State(heard=silence, prompt=silence)
+        self._begun: Begun | None = None
+        self._silence = _Prompt(detokenizer.dit.empty_prefix(), 0)
+        self._state = _State(heard=self._behind(self._silence), prompt=self._silence)
 
     @property
     def position(self) -> int:
@@ -169,7 +185,7 @@ class Synthesis:
     @property
     def kv_frames(self) -> int:
         """Mel frames that the next push attends to besides its own."""
-        return self._state.heard.prefix.frames
+        return self._state.heard.cache.frames
 
     # ---- tokens ----
 
@@ -182,12 +198,15 @@ class Synthesis:
         """
         begun = self.begin(tokens, final)
         if begun.solving is not None:
-            self._solve(begun.solving)
+            self.detokenizer.engine.solve(begun.solving)
         return self.finish(begun)
 
     @torch.inference_mode()
     def begin(self, tokens: Sequence[int], final: bool = False) -> Begun:
-        """The first part of a push: what is to be solved. The state stays as it is. Raises ParameterError."""
+        """The first part of a push: what is to be solved. The state stays as it is. Raises ParameterError.
+
+        A push that was begun before and not finished is given up: both would write to the same place.
+        """
         state = self._state
         fresh = self._checked(tokens)
         self._check_push(len(fresh), final)
@@ -195,36 +214,47 @@ class Synthesis:
         heard = self._placed(state.heard, len(ids))
         kept = len(ids) if final else len(ids) - self.preset.look_ahead
         solving = self._solving(ids, kept, heard, final) if ids else None
-        return Begun(state, heard, solving, left=ids[kept:], tokens=len(ids), final=final)
+        self._begun = Begun(state, heard, solving, left=ids[kept:], tokens=len(ids), final=final)
+        return self._begun
 
     @torch.inference_mode()
-    def finish(self, begun: Begun) -> Tensor:
-        """The last part of a push, when its chunk is solved: the samples. Raises ParameterError if it is not."""
+    def rendered(self, begun: Begun) -> Tensor:
+        """What the vocoder makes sound of for a push whose chunk is solved: de-normalised mel (F, M), F possibly 0."""
+        return rendered_mel(self._denormalised(self._solved(begun)), begun.state.tail)
+
+    @torch.inference_mode()
+    def finish(self, begun: Begun, wave: Tensor | None = None) -> Tensor:
+        """The last part of a push, when its chunk is solved: the samples. Raises ParameterError if it is not.
+
+        `wave` is the vocoder's for the mel of `rendered`, where it was made together with those of other turns.
+        """
         state, solving, final = begun.state, begun.solving, begun.final
-        if state is not self._state or not (solving is None or solving.done):
-            raise ParameterError("a push ends when its chunk is solved, and before the next one ends")
+        if begun is not self._begun or not (solving is None or solving.done):
+            raise ParameterError("a push ends when its chunk is solved, and before the next one begins")
         if solving is None and state.tail is None:
-            self._state = replace(state, finished=True)
+            self._begun, self._state = None, replace(state, finished=True)
             return torch.empty(0)
-        dit = self.detokenizer.dit
-        x = torch.empty(0, dit.config.mel_bins, device=dit.device) if solving is None else solving.x[0]
+        x = self._solved(begun)
         mel = self._denormalised(x)
-        pcm, tail = self.preset.seam.join(self._vocode, mel, state.tail, final)
-        pcm = pcm.cpu()
-        silence = _Heard(dit.empty_prefix(), 0)
-        after = silence if final or solving is None else self._after(begun.heard, solving.chunk)
+        wave = self._vocode(rendered_mel(mel, state.tail)) if wave is None else wave
+        pcm, tail = self.preset.seam.join(wave, mel, state.tail, final)
+        pcm, x, mel = pcm.cpu(), x.cpu(), mel.cpu()
+        # Nothing fails from here on: what is heard changes in place.
+        nothing_more = final or solving is None
+        after = self._behind(self._silence) if nothing_more else self._after(begun.heard, mel.shape[0])
         self.report = Report(
-            mel=mel.cpu(),
-            committed=None if final or not self.preset.look_ahead else x.cpu(),
+            mel=mel,
+            committed=None if final or not self.preset.look_ahead else x,
             start_position=begun.heard.position,
             frames_in=begun.tokens * self.detokenizer.upsample,
             frames_committed=mel.shape[0],
-            kv_frames_after=after.prefix.frames,
+            kv_frames_after=after.cache.frames,
             next_start_position=after.position,
             samples_out=pcm.shape[0],
             held_samples=0 if tail is None else tail.wave.shape[0],
             held_mel_frames=0 if tail is None else tail.mel.shape[0],
         )
+        self._begun = None
         self._state = replace(state, heard=after, left=begun.left, tail=tail, chunks=state.chunks + 1, finished=final)
         return pcm
 
@@ -262,29 +292,35 @@ class Synthesis:
         commits = not final and self.preset.look_ahead > 0
         return Solving(chunk, noise.to(dit.device, torch.float32)[None], self._grid, kept, commits)
 
-    def _solve(self, solving: Solving) -> None:
-        """The plain twin of FlowEngine: one chunk from its beginning to its end."""
-        solving.settle(solve(self.detokenizer.dit, solving.x, solving.chunk, solving.grid))
-        if solving.commits:
-            commit(self.detokenizer.dit, solving.x, solving.chunk)
-            solving.done = True
+    def _behind(self, prompt: _Prompt) -> _Heard:
+        """Nothing but a prompt is heard. There is room for the preset's window and two of its largest chunks."""
+        largest = (max(self.preset.commits) + self.preset.look_ahead) * self.detokenizer.upsample
+        cache = FlowCache(self.detokenizer.dit.empty_prefix(), self.preset.kv_window, 2 * largest)
+        cache.hear(prompt.prefix)
+        return _Heard(cache, prompt.position)
 
-    def _after(self, heard: _Heard, kept: Chunk) -> _Heard:
-        """What is heard behind the tokens that a chunk keeps."""
-        after = self._advanced(heard, kept, kept.frames)
-        return self._state.prompt if self._exhausted(after.position, kept.frames) else after
+    def _after(self, heard: _Heard, frames: int) -> _Heard:
+        """What is heard behind so many frames that a chunk keeps."""
+        after = self._advanced(heard, frames)
+        return self._behind(self._state.prompt) if self._exhausted(after.position, frames) else after
+
+    def _solved(self, begun: Begun) -> Tensor:
+        """The normalised mel (T, M) that a push keeps."""
+        config, device = self.detokenizer.dit.config, self.detokenizer.dit.device
+        return torch.empty(0, config.mel_bins, device=device) if begun.solving is None else begun.solving.x[0]
 
     def _denormalised(self, x: Tensor) -> Tensor:
         config = self.detokenizer.dit.config
         return x * config.mel_std + config.mel_mean
 
     def _chunk(self, ids: tuple[int, ...], repeat: int, heard: _Heard) -> Chunk:
-        return self.detokenizer.dit.chunk(torch.tensor([ids]), repeat, heard.position, heard.prefix)
+        cache = heard.cache.room(len(ids) * repeat)
+        return self.detokenizer.dit.chunk_within(torch.tensor([ids]), repeat, heard.position, cache)
 
-    def _advanced(self, heard: _Heard, chunk: Chunk, frames: int) -> _Heard:
-        stop = heard.prefix.frames + frames
-        window = chunk.cache.span(max(0, stop - self.preset.kv_window), stop)
-        return _Heard(window, heard.position + frames)
+    def _advanced(self, heard: _Heard, frames: int) -> _Heard:
+        """Behind so many frames of the chunk that was written last."""
+        heard.cache.keep(frames)
+        return _Heard(heard.cache, heard.position + frames)
 
     def _vocode(self, mel: Tensor) -> Tensor:
         return self.detokenizer.vocoder(mel.T[None])[0]
@@ -293,7 +329,7 @@ class Synthesis:
 
     def _placed(self, heard: _Heard, tokens: int) -> _Heard:
         """What a chunk of so many tokens is to hear: only the prompt where the model's positions would not reach."""
-        return heard if self._start(heard.position, tokens) == heard.position else self._state.prompt
+        return heard if self._start(heard.position, tokens) == heard.position else self._behind(self._state.prompt)
 
     def _start(self, position: int, tokens: int) -> int:
         """Where a chunk stands that follows `position`. Raises ParameterError for one that never fits."""
@@ -334,11 +370,11 @@ class Synthesis:
             position = start + part.x.shape[0]
             if self._exhausted(position, part.x.shape[0]):
                 begin, position = index + 1, prompt.position
-        heard = prompt
+        heard = self._behind(prompt)
         for part in parts[begin:]:
             chunk = self._chunk(part.kept, self.detokenizer.upsample, heard)
-            commit(self.detokenizer.dit, part.x[None], chunk)
-            heard = self._advanced(heard, chunk, part.x.shape[0])
+            self.detokenizer.engine.commit(part.x, chunk)
+            heard = self._advanced(heard, chunk.frames)
         self._state = replace(self._state, heard=heard, left=left, tail=self._tail(parts), chunks=len(parts))
 
     def _parts(self, made: Sequence[Push], committed: Sequence[Tensor]) -> tuple[list[_Part], tuple[int, ...]]:
@@ -361,12 +397,12 @@ class Synthesis:
         """
         tail: Tail | None = None
         for index, part in enumerate(parts):
-            vocode = self._vocode if index + 1 == len(parts) else self._silent
-            _, tail = self.preset.seam.join(vocode, self._denormalised(part.x), tail, final=False)
+            mel = self._denormalised(part.x)
+            seen = rendered_mel(mel, tail)
+            silent = seen.new_zeros(seen.shape[0] * self.detokenizer.vocoder.config.hop)
+            wave = self._vocode(seen) if index + 1 == len(parts) else silent
+            _, tail = self.preset.seam.join(wave, mel, tail, final=False)
         return tail
-
-    def _silent(self, mel: Tensor) -> Tensor:
-        return mel.new_zeros(mel.shape[0] * self.detokenizer.vocoder.config.hop)
 
     # ---- timbre ----
 
@@ -388,12 +424,12 @@ class Synthesis:
                 f"and chunks of at least one frame, got {len(ids)} tokens and chunks of {chunk}"
             )
         mel = self._prompt_mel(wave, len(ids))
-        heard = _Heard(self.detokenizer.dit.empty_prefix(), 0)
+        heard = self._behind(self._silence)
         for start, stop in _prompt_pieces(len(ids), chunk):
             piece = self._chunk(ids[start:stop], 1, heard)
-            commit(self.detokenizer.dit, mel[None, start:stop], piece)
-            heard = self._advanced(heard, piece, stop - start)
-        self._state = replace(self._state, heard=heard, prompt=heard)
+            self.detokenizer.engine.commit(mel[start:stop], piece)
+            heard = self._advanced(heard, piece.frames)
+        self._state = replace(self._state, heard=heard, prompt=_Prompt(heard.cache.held.with_room(0), heard.position))
 
     def _prompt_mel(self, wave: Tensor, frames: int) -> Tensor:
         """Normalised mel of the prompt, cut or padded to (frames, M)."""

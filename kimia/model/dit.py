@@ -35,7 +35,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines (T, d / 2), float32
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys (after RoPE) and values of all layers: what a conversation has heard so far. Never modified once held."""
+    """Keys (after RoPE) and values of all layers: what a conversation has heard so far."""
 
     keys: Tensor  # (layers, B, H, P, d)
     values: Tensor  # (layers, B, H, P, d)
@@ -52,6 +52,11 @@ class Prefix:
     def span(self, start: int, stop: int) -> Prefix:
         """A view of the frames start..stop-1."""
         return Prefix(self.keys[..., start:stop, :], self.values[..., start:stop, :])
+
+    def copy_(self, other: Prefix) -> None:
+        """Become another of as many frames."""
+        self.keys.copy_(other.keys)
+        self.values.copy_(other.values)
 
 
 def _with_room(held: Tensor, frames: int) -> Tensor:
@@ -82,6 +87,17 @@ class Chunk:
             device=self.tokens.device,
         )
 
+    @cached_property
+    def turning(self) -> Tensor | None:
+        """The rotation as complex numbers (T, 1, 1, d / 2)."""
+        return None if self.rotation is None else torch.complex(*self.rotation)[:, None, None]
+
+    @cached_property
+    def places(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each layer: all keys, all values, and of both what the chunk itself writes."""
+        layers = zip(self.cache.keys, self.cache.values, strict=True)
+        return [(keys, values, keys[:, :, -self.frames :], values[:, :, -self.frames :]) for keys, values in layers]
+
     @property
     def frames(self) -> int:
         """Mel frames of the chunk itself: T."""
@@ -89,9 +105,9 @@ class Chunk:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write a layer's keys and values at the end of its cache and attend; each (B, H, T, d)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[:, :, -k.shape[2] :] = k
-        values[:, :, -v.shape[2] :] = v
+        keys, values, own_keys, own_values = self.places[layer]
+        own_keys.copy_(k)
+        own_values.copy_(v)
         return attention(q, keys, values, self.visible)
 
     def head(self, count: int) -> Chunk:
@@ -123,6 +139,7 @@ class Packed:
         positions = [chunk.position for chunk in chunks if chunk.position is not None]
         cosines, sines = zip(*rotations, strict=True) if rotations else ((), ())
         self.rotation = (torch.cat(cosines), torch.cat(sines)) if rotations else None
+        self.turning = torch.complex(*self.rotation)[:, None, None] if self.rotation else None
         self.position = torch.cat(positions) if positions else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -307,6 +324,10 @@ class DiT(nn.Module):
 
     def chunk(self, tokens: Tensor, repeat: int, start: int, prefix: Prefix) -> Chunk:
         """Gather what a chunk of tokens (B, n) needs; its first frame has the absolute position `start`."""
+        return self.chunk_within(tokens, repeat, start, prefix.with_room(tokens.shape[1] * repeat))
+
+    def chunk_within(self, tokens: Tensor, repeat: int, start: int, cache: Prefix) -> Chunk:
+        """As `chunk`, behind a prefix that has its rows already: the last of `cache`."""
         frames = tokens.shape[1] * repeat
         position = None
         if self.position_embedding is not None:
@@ -317,7 +338,7 @@ class DiT(nn.Module):
             repeat=repeat,
             rotation=rotary(self.config, start, frames, self.device),
             position=position,
-            cache=prefix.with_room(frames),
+            cache=cache,
         )
 
     def forward(self, x: Tensor, time: Tensor, chunk: Chunk | Packed) -> Tensor:

@@ -2,7 +2,7 @@
 
 A chunk is due when its caller's buffer ends. Before every evaluation the chunks that are due first are chosen, as many
 as fill it; so a turn that has just begun need not wait until the chunks of others are solved, and these go on where
-they were. Solved chunks become sound in a thread of its own, beside the next evaluation.
+they were. Solved chunks become sound beside the next evaluation (`services.detokenizer.rendering`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kimia.compute import ComputeThread
 from kimia.model.chunking import Push
 from kimia.model.detokenize import Begun, Detokenizer, Synthesis
 from kimia.model.flow_engine import FlowEngine
+from services.detokenizer.rendering import Renderer
 
 # Mel frames of one evaluation. A GPU reads its weights once for all of them; more than these only take longer. A CPU
 # gains a fifth at most, with small models (benchmarks/RESULTS.md): there every chunk is evaluated alone, so that its
@@ -59,6 +60,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._engine = FlowEngine(self.detokenizer.dit)
+        self._renderer = Renderer(self.detokenizer, self.vocoder)
         self._most = FRAMES_AT_ONCE[self.detokenizer.dit.device.type]
 
     async def push(self, synthesis: Synthesis, push: Push, due: float) -> tuple[Tensor, float]:
@@ -72,9 +74,8 @@ class Scheduler:
         except asyncio.CancelledError:
             job.wanted = False
             raise
-        sounding = self.vocoder.turn()
-        pcm = await sounding.run(synthesis.finish, begun)
-        return pcm, job.seconds + sounding.seconds
+        pcm, seconds = await self._renderer.render(synthesis, begun, due)
+        return pcm, job.seconds + seconds
 
     async def _work(self) -> None:
         """Advance until nothing waits any more."""

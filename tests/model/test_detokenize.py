@@ -20,7 +20,8 @@ from kimia.model.checkpoint import open_checkpoint
 from kimia.model.chunking import ChunkPlanner, Push, pushes
 from kimia.model.crossfade import ReleaseSeam
 from kimia.model.detokenize import Detokenizer, Report, Synthesis
-from kimia.model.flow import commit, time_grid
+from kimia.model.flow import time_grid
+from kimia.model.flow_engine import FlowEngine
 from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset
 from tests.golden_data import golden, golden_json
 from tests.model.tiny_detokenizer import (
@@ -177,7 +178,7 @@ def test_without_look_ahead_the_last_step_is_remembered(small):
     _, heard = PlainDiT(small.dit)(
         counted_noise(0, (12, FLOW.mel_bins)), [token for token in codes(3) for _ in range(4)], 0, 0
     )
-    kept = synthesis._state.heard.prefix
+    kept = synthesis._state.heard.cache.held
     np.testing.assert_allclose(kept.keys[1, 0, 2].numpy(), heard[1][2][0], atol=1e-4)
     assert synthesis.push([], final=True).shape[0] == 8 * VOCODER.hop  # only what the seam held
 
@@ -430,8 +431,8 @@ def test_a_restored_turn_goes_on_bit_for_bit(preset, small, monkeypatch):
     for begin in range(1, len(made)):
         again, counts = small.stream(preset, seed=1), Counter()
         with monkeypatch.context() as patch:
-            patch.setattr("kimia.model.detokenize.solve", lambda *_: pytest.fail("solved"))
-            patch.setattr("kimia.model.detokenize.commit", counted(counts, commit))
+            patch.setattr(FlowEngine, "advance", lambda *_: pytest.fail("solved"))
+            patch.setattr(FlowEngine, "commit", counted(counts, FlowEngine.commit))
             patch.setattr(type(small.vocoder), "forward", counted(counts, type(small.vocoder).forward))
             restored(again, made[:begin])
         assert counts["commit"] <= begin
@@ -453,7 +454,7 @@ def test_only_what_is_still_heard_is_committed_again(small, monkeypatch):
         made.append((push, synthesis.report.committed, samples))
         positions.append(synthesis.position)
     counts: Counter[str] = Counter()
-    monkeypatch.setattr("kimia.model.detokenize.commit", counted(counts, commit))
+    monkeypatch.setattr(FlowEngine, "commit", counted(counts, FlowEngine.commit))
     commits = []
     for count in range(1, len(made)):
         counts.clear()
@@ -519,7 +520,7 @@ def test_prompt_enters_in_chunks(frames, chunk, expected, small, monkeypatch):
     past, bounds = None, [0, *np.cumsum(expected)]
     for start, stop in pairwise(bounds):
         _, past = plain(mel[start:stop], codes(frames)[start:stop], 999, start, past)
-    kept = synthesis._state.heard.prefix
+    kept = synthesis._state.heard.cache.held
     assert synthesis.position == synthesis.kv_frames == frames
     np.testing.assert_allclose(kept.keys[1, 0, 1].numpy(), past[1][1][0], atol=2e-4)
     np.testing.assert_allclose(kept.values[1, 0, 1].numpy(), past[1][1][1], atol=2e-4)

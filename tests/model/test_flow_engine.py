@@ -1,4 +1,4 @@
-"""Chunks solved together against the plain twin, which solves one after the other."""
+"""The engine against the plain twin, `solve` and `commit`; chunks solved together against each alone."""
 
 from dataclasses import replace
 
@@ -8,9 +8,10 @@ import torch
 from kimia.errors import ParameterError
 from kimia.model.chunking import pushes
 from kimia.model.detokenize import Detokenizer
+from kimia.model.flow import commit, solve, time_grid
 from kimia.model.flow_engine import FlowEngine
 from kimia.model.presets import LOW_LATENCY, UPSTREAM
-from tests.model.tiny_detokenizer import FLOW, random_detokenizer
+from tests.model.tiny_detokenizer import FLOW, counted_noise, random_detokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -23,12 +24,15 @@ def codes(count: int, start: int) -> list[int]:
     return [(start + 3 * index) % FLOW.audio_codes for index in range(count)]
 
 
-def plain(detokenizer: Detokenizer, turns) -> list[torch.Tensor]:
+def alone(detokenizer: Detokenizer, turns) -> list[torch.Tensor]:
     return [detokenizer.synthesize(tokens, preset, seed) for seed, (tokens, preset) in enumerate(turns)]
 
 
-def together(detokenizer: Detokenizer, turns, joins: int = 0) -> list[torch.Tensor]:
-    """All turns at once; each begins `joins` evaluations after the one before, in the middle of its chunk."""
+def together(detokenizer: Detokenizer, turns, joins: int = 0, most: int = 9) -> list[torch.Tensor]:
+    """All turns at once; each begins `joins` evaluations after the one before, in the middle of its chunk.
+
+    At most `most` are in one evaluation, in turns.
+    """
     engine = FlowEngine(detokenizer.dit)
     waves: list[list[torch.Tensor]] = [[] for _ in turns]
     waiting = [list(pushes(preset, tokens)) for tokens, preset in turns]
@@ -41,7 +45,9 @@ def together(detokenizer: Detokenizer, turns, joins: int = 0) -> list[torch.Tens
                 begun[number] = stream.begin(push.tokens, push.final)
         solvings = [each.solving for each in begun.values() if each.solving and not each.solving.done]
         if solvings:
-            engine.advance(solvings)
+            engine.advance(
+                [solvings[(evaluations + index) % len(solvings)] for index in range(min(most, len(solvings)))]
+            )
         evaluations += 1
         for number, each in list(begun.items()):
             if each.solving is None or each.solving.done:
@@ -50,11 +56,36 @@ def together(detokenizer: Detokenizer, turns, joins: int = 0) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("preset", [QUICK, LATE, replace(QUICK, look_ahead=0)])
-def test_alone_it_is_the_plain_twin_bit_for_bit(preset):
+def test_a_turn_is_the_plain_twins(preset):
+    """Push by push, behind a window that moves: `solve` from a prefix that is copied, modulation of every frame."""
+    detokenizer, preset = random_detokenizer(), replace(preset, kv_window=70)
+    dit, grid, tokens = detokenizer.dit, time_grid(preset.ode_points, preset.solver), codes(95, 0)
+    stream, prefix, start, left = detokenizer.stream(preset, seed=1, noise=counted_noise), dit.empty_prefix(), 0, ()
+    for index, push in enumerate(pushes(preset, tokens)):
+        stream.push(push.tokens, push.final)
+        ids = left + push.tokens
+        kept = 4 * (len(ids) if push.final else len(ids) - preset.look_ahead)
+        chunk = dit.chunk(torch.tensor([ids]).repeat_interleave(4, 1), 1, start, prefix)
+        x = solve(dit, counted_noise(index, (4 * len(ids), FLOW.mel_bins))[None], chunk, grid)[:, :kept]
+        if preset.look_ahead and not push.final:
+            commit(dit, x, chunk.head(kept))
+        torch.testing.assert_close(stream.report.mel, 2.0 * x[0] - 1.5, atol=1e-4, rtol=0)
+        stop = prefix.frames + kept
+        prefix, left = chunk.cache.span(max(0, stop - 70), stop), ids[kept // 4 :]
+        start += kept
+        if not push.final:
+            torch.testing.assert_close(stream._state.heard.cache.held.keys, prefix.keys, atol=1e-4, rtol=0)
+            torch.testing.assert_close(stream._state.heard.cache.held.values, prefix.values, atol=1e-4, rtol=0)
+    assert index >= 3
+
+
+@pytest.mark.parametrize("preset", [QUICK, LATE, replace(QUICK, look_ahead=0)])
+def test_evaluation_by_evaluation_it_is_the_same_bit_for_bit(preset):
+    """Turns that take turns, one chunk in each evaluation: as on a CPU."""
     detokenizer = random_detokenizer()
-    turns = [(codes(60, 0), preset)]
-    [expected], [got] = plain(detokenizer, turns), together(detokenizer, turns)
-    assert torch.equal(got, expected)
+    turns = [(codes(60, 0), preset), (codes(45, 3), QUICK)]
+    for expected, got in zip(alone(detokenizer, turns), together(detokenizer, turns, most=1), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("config", POSITIONS, ids=["rope", "learnable", "neither"])
@@ -63,7 +94,7 @@ def test_neighbours_change_no_sample_beyond_rounding(config, joins):
     """Other lengths, prefixes, presets, time grids: what runs beside a turn is nothing to it."""
     detokenizer = random_detokenizer(config=config)
     turns = [(codes(60, 0), QUICK), (codes(37, 1), LATE), (codes(3, 2), QUICK), ([], QUICK), (codes(50, 5), QUICK)]
-    for expected, got in zip(plain(detokenizer, turns), together(detokenizer, turns, joins), strict=True):
+    for expected, got in zip(alone(detokenizer, turns), together(detokenizer, turns, joins), strict=True):
         assert got.shape == expected.shape
         assert (got - expected).abs().max() <= 1e-4 if len(got) else True
 
@@ -74,13 +105,22 @@ def test_a_chunk_that_is_not_solved_does_not_end():
     begun = stream.begin(codes(12, 0))
     with pytest.raises(ParameterError, match="when its chunk is solved"):
         stream.finish(begun)
-    other = stream.begin(codes(12, 0))
-    engine = FlowEngine(detokenizer.dit)
-    while not other.solving.done:
-        engine.advance([begun.solving, other.solving])
+    detokenizer.engine.solve(begun.solving)
     stream.finish(begun)
-    with pytest.raises(ParameterError, match="before the next one ends"):
-        stream.finish(other)
+    with pytest.raises(ParameterError, match="before the next one begins"):
+        stream.finish(begun)
+
+
+def test_a_push_that_begins_anew_takes_the_place_of_the_first():
+    detokenizer = random_detokenizer()
+    expected = detokenizer.stream(QUICK, seed=0).push(codes(12, 0), final=True)
+    stream = detokenizer.stream(QUICK, seed=0)
+    first, second = stream.begin(codes(12, 0), final=True), stream.begin(codes(12, 0), final=True)
+    for begun in (first, second):
+        detokenizer.engine.solve(begun.solving)
+    with pytest.raises(ParameterError, match="before the next one begins"):
+        stream.finish(first)
+    assert torch.equal(stream.finish(second), expected)
 
 
 def test_times_are_embedded_once(monkeypatch):
