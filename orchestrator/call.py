@@ -21,14 +21,15 @@ from kimia.v1.audio_pb2 import AudioFormat
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT, Message, TurnOptions
 from kimia.v1.kimi_audio_pb2 import CallConfig, ConverseRequest, ConverseResponse, TurnEvent
 from kimia.v1.session_pb2 import SessionRecord
-from kimia.v1.turn_pb2 import Caller, Chunk, InputAudio
+from kimia.v1.turn_pb2 import Caller, Chunk, InputAudio, Turn
 from orchestrator.admission import Reservation
 from orchestrator.checks import check_sound_bytes, checked_caller
 from orchestrator.copies import TurnCopy
 from orchestrator.desk import Desk
-from orchestrator.following import Following, Position
+from orchestrator.early import EarlySound
+from orchestrator.following import Following
 from orchestrator.gathering import gathered
-from orchestrator.memory import clips_of
+from orchestrator.memory import sourced
 from orchestrator.outcome import cancelled_event, count, last_event
 from orchestrator.playback import PlaybackNotes
 from orchestrator.records import patiently
@@ -86,6 +87,8 @@ class Call:
         self._queue: asyncio.Queue[ConverseResponse | Exception | None] = asyncio.Queue(QUEUED_RESPONSES)
         self._followed: dict[str, tuple[Following, asyncio.Task[None]]] = {}
         self._playback = PlaybackNotes(desk.turns.journal)
+        self._early = EarlySound(desk.turns.early)
+        self._input_format = AudioFormat()
         self._reservation: Reservation | None = None
         self._caller = Caller()
         self._session_id = ""
@@ -251,13 +254,15 @@ class Call:
 
     async def _open_session(self, config: CallConfig) -> SessionView:
         self._caller = checked_caller(config.caller, "config.caller")
+        self._input_format = config.input_format
         self._session_id = keys.check_session_id(config.session_id or keys.new_session_id(), "config.session_id")
         check_sound_bytes(config.messages, self._limits.clip_bytes, self._limits.turn_bytes, "config.messages")
         route = route_of_call(config.options)
         await self._turns.records.check_tenant(self._session_id, self._caller.tenant)
         self._reservation = await self._admission.admit(self._session_id, self._caller.tenant, route)
-        record, new = await self._turns.records.begin(self._session_id, self._caller)
-        if config.messages and not new:
+        begun = await self._turns.records.begin(self._session_id, self._caller)
+        record = begun.record
+        if config.messages and not begun.new:
             rule = f"belong to a new session; {self._session_id} has its own conversation"
             raise RequestError(rule, field="config.messages")
         if config.messages:
@@ -325,6 +330,7 @@ class Call:
         chunks, self._unstored = self._unstored, []
         if chunks and self._input is not None:
             await self._turns.append(self._input, chunks)
+            await self._early.stored(self._input, self._input_format)
             await self._perform(self._machine.stored(self._unstored_index))
 
     async def _remember_collected(self, turn_id: str, action: AppendAudio) -> None:
@@ -364,7 +370,7 @@ class Call:
         started = await self._desk.finish(start)
         turn_id = started if isinstance(started, str) else started.id
         told = self._machine.submitted(turn_id)
-        await self._follow(turn_id)
+        await self._follow(turn_id, started)
         return told
 
     def _wanted(self, action: SubmitTurn | SayTurn, turn_id: str) -> Wanted:
@@ -377,10 +383,10 @@ class Call:
             key=action.idempotency_key,
         )
 
-    async def _follow(self, turn_id: str) -> None:
-        """Tell a turn from its beginning, unless it is being told."""
+    async def _follow(self, turn_id: str, started: Turn | str = "") -> None:
+        """Tell a turn from its beginning, unless it is being told. `started`: what `Turns.start` gave just now."""
         if turn_id not in self._followed:
-            following = await self._turns.follow(turn_id, self._caller.tenant, Position())
+            following = await self._turns.follow_started(started or turn_id, self._caller.tenant)
             self._followed[turn_id] = following, asyncio.create_task(self._told(following))
 
     async def _told(self, following: Following) -> None:
@@ -472,18 +478,6 @@ async def read_collected(turns: Turns, record: SessionRecord) -> Collected:
         next_audio_index=record.next_audio_index + sum(bool(chunk.input.data) for chunk in log_),
         written=tuple(log_),
     )
-
-
-def sourced(turn_id: str, messages: Sequence[Message]) -> list[Message]:
-    """Messages whose sound lies in this turn's input log."""
-    copies = []
-    for message in messages:
-        copy = Message()
-        copy.CopyFrom(message)
-        for clip in clips_of([copy]):
-            clip.source_turn = turn_id
-        copies.append(copy)
-    return copies
 
 
 def _configure(record: SessionRecord, config: CallConfig) -> None:

@@ -90,6 +90,18 @@ def forget_blobs(messages: Iterable[Message], missing: Iterable[str]) -> None:
 # ---- the next turn ----------------------------------------------------------------------------------------------
 
 
+def sourced(turn_id: str, messages: Sequence[Message]) -> list[Message]:
+    """Messages whose sound lies in this turn's input log."""
+    copies = []
+    for message in messages:
+        copy = Message()
+        copy.CopyFrom(message)
+        for clip in clips_of([copy]):
+            clip.source_turn = turn_id
+        copies.append(copy)
+    return copies
+
+
 def conversation(turn_id: str, history: Sequence[Message], asked: Sequence[Message]) -> list[Message]:
     """The messages of a turn, its clips numbered: its own as in its input log, after them those of earlier turns."""
     messages = [_copy(message) for message in (*history, *asked)]

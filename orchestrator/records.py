@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from kimia.errors import NotFoundError, StateError, UnavailableError
+from kimia.runtime.logs import get_logger
 from kimia.streams import keys
 from kimia.streams.connections import reached
 from kimia.streams.journal import Journal
@@ -22,6 +24,17 @@ T = TypeVar("T")
 PATIENCE = 15.0  # seconds that a call waits for a journal that is away: longer than a restart takes
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds
 CONFLICTS = 20  # attempts at a record that others keep changing
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A session as it was a moment ago: a change that begins from it needs no reading."""
+
+    record: SessionRecord
+    version: int
+    new: bool = False  # it was begun by whoever holds this
 
 
 async def patiently(call: Callable[[], Awaitable[T]]) -> T:
@@ -70,28 +83,40 @@ class Records:
         with reached("journal"):
             return max(int(await self._wire.journal.pttl(key)), 0)
 
-    async def begin(self, session_id: str, caller: Caller, *, one_off: bool = False) -> tuple[SessionRecord, bool]:
-        """A session of this tenant, and whether it is new. Raises NotFoundError for another's, or a deleted one."""
-        try:
-            return (await self.load(session_id, caller.tenant)), False
-        except NotFoundError:
-            record = new_record(session_id, caller, one_off=one_off)
-        try:
-            await patiently(lambda: self._save(record, 0))
-        except StateError:  # somebody else has begun it, or it belongs to another tenant
-            return (await self.load(session_id, caller.tenant)), False
-        return record, True
+    async def begin(self, session_id: str, caller: Caller, *, one_off: bool = False, unheard: bool = False) -> Seen:
+        """A session of this tenant, maybe a new one. Raises NotFoundError for another's, or a deleted one.
 
-    async def change(self, session_id: str, edit: Callable[[SessionRecord], T]) -> T:
+        `unheard`: its id was drawn just now, so it is written without a look.
+        """
+        if not unheard:
+            try:
+                return await self.seen(session_id, caller.tenant)
+            except NotFoundError:
+                log.debug("session begins", session=session_id)
+        record = new_record(session_id, caller, one_off=one_off)
+        try:
+            version = await patiently(lambda: self._save(record, 0))
+        except StateError:  # somebody else has begun it, or it belongs to another tenant
+            return await self.seen(session_id, caller.tenant)
+        return Seen(record, version, new=True)
+
+    async def seen(self, session_id: str, tenant: str) -> Seen:
+        """A session of this tenant, to be changed soon. Raises NotFoundError."""
+        record, version = await self.latest(session_id)
+        _check_tenant(record, tenant)
+        return Seen(record, version)
+
+    async def change(self, session_id: str, edit: Callable[[SessionRecord], T], seen: Seen | None = None) -> T:
         """Change a session; the edit's result. It is made anew on a fresh record when somebody else has written.
 
-        So an edit must notice what it has done already. Raises NotFoundError, and what the edit raises.
+        So an edit must notice what it has done already. Raises NotFoundError, and what the edit raises. `seen` is the
+        session as this request has read or written it last.
         """
-        return await patiently(lambda: self._changed(session_id, edit))
+        return await patiently(lambda: self._changed(session_id, edit, seen))
 
-    async def _changed(self, session_id: str, edit: Callable[[SessionRecord], T]) -> T:
-        for _ in range(CONFLICTS):
-            record, version = await self._latest(session_id)
+    async def _changed(self, session_id: str, edit: Callable[[SessionRecord], T], seen: Seen | None) -> T:
+        for attempt in range(CONFLICTS):
+            record, version = await self._latest(session_id) if seen is None or attempt else _copied(seen)
             before = record.SerializeToString(deterministic=True)
             result = edit(record)
             if record.SerializeToString(deterministic=True) == before:
@@ -110,11 +135,18 @@ class Records:
             return await self._journal.load_session(session_id)
         return found
 
-    async def _save(self, record: SessionRecord, version: int) -> None:
+    async def _save(self, record: SessionRecord, version: int) -> int:
         saved = await self._journal.save_session(record, version)
         copy = SessionRecord()
         copy.CopyFrom(record)
         self._copies.records.keep(record.id, (copy, saved))
+        return saved
+
+
+def _copied(seen: Seen) -> tuple[SessionRecord, int]:
+    record = SessionRecord()
+    record.CopyFrom(seen.record)
+    return record, seen.version
 
 
 def _check_tenant(record: SessionRecord, tenant: str) -> None:

@@ -12,13 +12,14 @@ from kimia.errors import KimiaError, NotFoundError
 from kimia.stage import StageKind
 from kimia.streams import keys
 from kimia.v1.kimi_audio_pb2 import GenerateRequest, ResumeRequest, TurnEvent
-from kimia.v1.turn_pb2 import Caller
+from kimia.v1.turn_pb2 import Caller, Turn
 from orchestrator.admission import Reservation
 from orchestrator.checks import check_generate, check_sound_bytes, checked_caller
 from orchestrator.copies import TurnCopy
 from orchestrator.desk import Desk
 from orchestrator.following import Position
 from orchestrator.memory import route_for
+from orchestrator.records import Seen
 from orchestrator.turn import Turns, Wanted, separated
 
 
@@ -66,7 +67,7 @@ async def generate(desk: Desk, ask: Ask) -> AsyncGenerator[TurnEvent]:
     reservation = await desk.admission.admit(ask.session_id, ask.caller.tenant, route, secrets.token_hex(8))
     starting, finished = desk.begin(_started(desk.turns, ask)), False
     try:
-        following = await desk.turns.follow(await asyncio.shield(starting), ask.caller.tenant, Position())
+        following = await desk.turns.follow_started(await asyncio.shield(starting), ask.caller.tenant)
         async with aclosing(desk.told(following)) as events:
             async for event in events:
                 yield event
@@ -83,28 +84,29 @@ def route_of_request(request: GenerateRequest) -> tuple[StageKind, ...]:
     return tuple(sorted(stages, key=lambda kind: kind.number))
 
 
-async def _started(turns: Turns, ask: Ask) -> str:
+async def _started(turns: Turns, ask: Ask) -> Turn | str:
     """The turn that answers the request: a new one, or the one that its idempotency key has started."""
+    unheard = ask.one_off and not ask.request.idempotency_key
     try:
-        record, _ = await turns.records.begin(ask.session_id, ask.caller, one_off=ask.one_off)
+        begun = await turns.records.begin(ask.session_id, ask.caller, one_off=ask.one_off, unheard=unheard)
     except NotFoundError:
         if not ask.one_off:
             raise
         # An earlier turn of this key was told to its end and deleted: the request is a new one.
         ask = replace(ask, session_id=keys.new_session_id())
-        record, _ = await turns.records.begin(ask.session_id, ask.caller, one_off=True)
+        begun = await turns.records.begin(ask.session_id, ask.caller, one_off=True)
     key = ask.request.idempotency_key
-    if key and record.turn_of_key.get(key):
-        return record.turn_of_key[key]
+    if key and begun.record.turn_of_key.get(key):
+        return begun.record.turn_of_key[key]
     opened = await turns.open(ask.session_id, ask.caller)
     try:
-        return await _submitted(turns, ask, opened)
+        return await _submitted(turns, ask, opened, begun)
     except KimiaError:
         await turns.cancel(opened.turn_id)
         raise
 
 
-async def _submitted(turns: Turns, ask: Ask, opened: TurnCopy) -> str:
+async def _submitted(turns: Turns, ask: Ask, opened: TurnCopy, begun: Seen) -> Turn | str:
     messages, chunks = separated(opened.turn_id, ask.request.messages)
     await turns.append(opened, chunks)
     request = ask.request
@@ -117,18 +119,21 @@ async def _submitted(turns: Turns, ask: Ask, opened: TurnCopy) -> str:
         key=request.idempotency_key,
         job_class=request.job_class,
     )
-    started = await turns.start(opened, wanted)
+    started = await turns.start(opened, wanted, begun=begun)
     if isinstance(started, str):  # the same request, sent twice at once
         await turns.cancel(opened.turn_id)
-        return started
-    return started.id
+    return started
+
+
+def _id_of(started: Turn | str) -> str:
+    return started if isinstance(started, str) else started.id
 
 
 async def _afterwards(
-    desk: Desk, ask: Ask, reservation: Reservation, starting: asyncio.Task[str], *, finished: bool
+    desk: Desk, ask: Ask, reservation: Reservation, starting: asyncio.Task[Turn | str], *, finished: bool
 ) -> None:
     await asyncio.wait([starting])  # a client that is quick to vanish leaves before its turn has begun
-    turn_id = "" if starting.cancelled() or starting.exception() else starting.result()
+    turn_id = "" if starting.cancelled() or starting.exception() else _id_of(starting.result())
     session_id = keys.session_of(turn_id) if turn_id else ask.session_id
     if finished or not turn_id:
         await reservation.release()

@@ -21,6 +21,7 @@ from kimia.runtime.logs import get_logger
 from kimia.stage import LLM, TOKENIZER
 from kimia.streams import keys
 from kimia.streams.blobs import Blobs
+from kimia.streams.early import Early
 from kimia.streams.inbox import Inbox
 from kimia.streams.journal import Head, Journal
 from kimia.streams.patience import end
@@ -42,7 +43,7 @@ from orchestrator.memory import (
     remember,
     route_for,
 )
-from orchestrator.records import Records, patiently
+from orchestrator.records import Records, Seen, patiently
 from orchestrator.session import LARGEST_PIECE
 from orchestrator.sound import output_format
 
@@ -149,6 +150,7 @@ class Turns:
         self.blobs = Blobs(wire)
         self.copies = Copies(self.journal, inbox)
         self.records = Records(wire, self.journal, self.copies)
+        self.early = Early(wire)
         self._rescues: dict[str, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
@@ -207,15 +209,16 @@ class Turns:
         wanted: Wanted,
         also: Callable[[SessionRecord], None] | None = None,
         last: Sequence[Chunk] = (),
+        begun: Seen | None = None,
     ) -> Turn | str:
         """Let the turn be answered; the turn, or the id of the one that the same idempotency key has started.
 
-        Its input must be complete but for `last`. `also` changes the session in the same write. Raises StateError when
-        the session's last turn is still running, ConversationError, NotFoundError.
+        Its input must be complete but for `last`. `also` changes the session in the same write; `begun` is a session
+        that has just begun. Raises StateError when its last turn is still running, ConversationError, NotFoundError.
         """
         session_id = keys.session_of(opened.turn_id)
-        record = await self.refreshed(session_id, wanted.caller.tenant)
-        missing = await patiently(lambda: self._missing_blobs(record.messages))
+        seen = begun if begun and begun.new else await self._refreshed(session_id, wanted.caller.tenant)
+        missing = await patiently(lambda: self._missing_blobs(seen.record.messages))
 
         def claim(record: SessionRecord) -> Turn | str:
             known = record.turn_of_key.get(wanted.key, "") if wanted.key else ""
@@ -235,7 +238,7 @@ class Turns:
                     record.turn_of_key[wanted.key] = opened.turn_id
             return starting(record)
 
-        turn = await self.records.change(session_id, claim)
+        turn = await self.records.change(session_id, claim, seen)
         if isinstance(turn, Turn):
             await self._submit(turn, opened, last)
         return turn
@@ -326,6 +329,15 @@ class Turns:
             raise
         return Following(feed, head.turn, position)
 
+    async def follow_started(self, started: Turn | str, tenant: str) -> Following:
+        """Read what `start` gave from its beginning. Where this process has just submitted it, nothing is looked up."""
+        if isinstance(started, str):
+            return await self.follow(started, tenant, Position())
+        copy = self.copies.turns.get(started.id)
+        if copy is None or not copy.submitted:  # somebody else has done what was left of the start
+            return await self.follow(started.id, tenant, Position())
+        return Following(self.inbox.feed(started.id), copy.turn)
+
     async def _take_over(self, head: Head) -> None:
         """Read a submitted turn from now on, and keep what whoever has started it kept."""
         turn_id = head.turn.id
@@ -337,20 +349,24 @@ class Turns:
 
     async def refreshed(self, session_id: str, tenant: str) -> SessionRecord:
         """The session, its last turn settled if it has ended. Raises NotFoundError."""
-        record = await self.records.load(session_id, tenant)
-        if not record.running_turn_id:
-            return record
+        return (await self._refreshed(session_id, tenant)).record
+
+    async def _refreshed(self, session_id: str, tenant: str) -> Seen:
+        seen = await self.records.seen(session_id, tenant)
+        running = seen.record.running_turn_id
+        if not running:
+            return seen
         try:
-            head = await self._head(record.running_turn_id)
+            head = await self._head(running)
         except NotFoundError:
-            await self.records.change(session_id, lambda fresh: _end(fresh, record.running_turn_id))
-            return await self.records.load(session_id, tenant)
+            await self.records.change(session_id, lambda fresh: _end(fresh, running))
+            return await self.records.seen(session_id, tenant)
         if head.state == "open":
             self._rescue(head.turn.id)
         if not head.over:
-            return record
+            return seen
         await self.settle(head)
-        return await self.records.load(session_id, tenant)
+        return await self.records.seen(session_id, tenant)
 
     async def settle(self, head: Head, heard_ms: int | None = None, tokens: Sequence[Chunk] | None = None) -> Settled:
         """Take a turn that has ended into its session's conversation, once.

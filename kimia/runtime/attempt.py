@@ -9,11 +9,20 @@ from time import perf_counter
 from typing import Protocol
 
 from kimia.errors import InternalError, KimiaError, NotFoundError, UnavailableError
-from kimia.runtime.inputs import FeatureOutlet, follow, read_encoded, read_sound, replay, sounds_to_encode
+from kimia.runtime.inputs import (
+    FeatureOutlet,
+    clip_contents,
+    follow,
+    known_beginning,
+    read_encoded,
+    read_sound,
+    replay,
+    sounds_to_encode,
+)
 from kimia.runtime.local import close
 from kimia.runtime.logs import bound_turn, get_logger
 from kimia.runtime.mels import MelOutlet, with_mels
-from kimia.runtime.metrics import FIRST_CHUNK, REAL_TIME_FACTOR, REBUILD, STAGE_LATENCY
+from kimia.runtime.metrics import ENCODED, FIRST_CHUNK, REAL_TIME_FACTOR, REBUILD, STAGE_LATENCY
 from kimia.runtime.pacing import Gate, Pace, sound_seconds
 from kimia.runtime.publisher import Publisher
 from kimia.runtime.rows import Row
@@ -22,9 +31,9 @@ from kimia.status import to_failure
 from kimia.streams import keys
 from kimia.streams.blobs import Blobs
 from kimia.streams.inbox import Feed, Inbox
-from kimia.streams.jobs import Claim, Jobs, Outcome
+from kimia.streams.jobs import Claim, Jobs, Outcome, Published
 from kimia.streams.patience import CANCEL_AGAIN, Patience, end
-from kimia.v1.turn_pb2 import Chunk
+from kimia.v1.turn_pb2 import Chunk, Turn
 
 # How an attempt ends, besides the terminal states of a turn (done, cancelled, error).
 HANDED_OVER = "handed_over"  # given to another worker: this one stops
@@ -39,8 +48,8 @@ log = get_logger()
 class Outlet(Protocol):
     """What becomes of a stage's chunks before they are published."""
 
-    async def take(self, chunk: Chunk) -> Chunk | None:
-        """The chunk to publish, if any."""
+    async def take(self, chunk: Chunk) -> Sequence[Chunk]:
+        """The chunks to publish now, if any; they go in one round trip."""
 
     async def close(self, over: bool) -> None:
         """The attempt ends; `over`: so does the turn, and nobody goes on with it."""
@@ -59,6 +68,20 @@ class Bench:
     partitions: int
     checkpoint: str  # names the weights that features were made with
     lead: float  # seconds of speech that are kept ahead of what the caller has heard
+
+    def place(self, turn: Turn) -> tuple[str, str, str]:
+        """Where blobs of a turn lie: partition, tenant, checkpoint."""
+        partition = keys.partition_of(keys.session_of(turn.id), self.partitions)
+        return partition, turn.caller.tenant or "default", self.checkpoint
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one attempt reads and where its chunks go."""
+
+    inbox: AsyncIterator[Chunk]
+    outlet: Outlet
+    known: Sequence[Chunk] = ()  # of the stage's log behind what is published: they need not be computed
 
 
 class Attempt:
@@ -144,7 +167,7 @@ class Attempt:
         gate = self._gate(published)
         listening = asyncio.create_task(_listen(feed, gate)) if gate.pace.paced else None
         try:
-            return await self._publish_all(gate, *given, published)
+            return await self._publish_all(gate, given, published)
         finally:
             if listening is not None:
                 listening.cancel()
@@ -159,27 +182,29 @@ class Attempt:
             gate.heard(claim.playback)
         return gate
 
-    async def _publish_all(
-        self, gate: Gate, inbox: AsyncIterator[Chunk], outlet: Outlet, published: Sequence[Chunk]
-    ) -> str:
-        chunks = self._bench.stage.run(self.claim.turn, inbox, await self._restored(published))
-        made = list(published)  # kept until the turn ends: a journal that lost writes asks for them again
+    async def _publish_all(self, gate: Gate, given: Given, published: Sequence[Chunk]) -> str:
+        made = [*published, *map(self._signed, given.known)]  # kept: a journal that lost writes asks for them again
+        if given.known:
+            self.outcome = self._verdict or await self._publish(made, len(given.known))
+            if self.outcome:
+                return self.outcome
+        begun = made if given.known else await self._restored(published)
+        chunks = self._bench.stage.run(self.claim.turn, given.inbox, begun)
         ready = _ahead(chunks, gate)
         try:
             async for chunk in ready:
-                out = await outlet.take(chunk)
-                if out is None:
-                    continue
-                made.append(self._signed(out))
-                self.outcome = self._verdict or await self._publish(made, gate.seconds)
+                self._count_encoded(chunk)
+                outs = await given.outlet.take(chunk)
+                made += map(self._signed, outs)
+                self.outcome = self._verdict or (await self._publish(made, len(outs), gate.seconds) if outs else "")
                 if self.outcome:
                     return self.outcome
         finally:
             self._closing = True
             await close(ready)
             await close(chunks)
-            await close(inbox)
-            await outlet.close(await self._is_over())
+            await close(given.inbox)
+            await given.outlet.close(await self._is_over())
         raise InternalError(f"the {self.claim.kind.name} stage ended without a final chunk; see its worker's log")
 
     async def _is_over(self) -> bool:
@@ -210,23 +235,28 @@ class Attempt:
             return published
         return await with_mels(self._bench.blobs, published)
 
-    async def _given(self, feed: Feed, published: Sequence[Chunk]) -> tuple[AsyncIterator[Chunk], Outlet] | None:
-        """The stage's inbox, and what takes its chunks; None when features are gone. Raises NotFoundError."""
+    async def _given(self, feed: Feed, published: Sequence[Chunk]) -> Given | None:
+        """What the stage reads, and what takes its chunks; None when features are gone. Raises NotFoundError."""
         bench, turn = self._bench, self.claim.turn
         if self.claim.kind is TOKENIZER:
-            sounds = sounds_to_encode(turn, self.claim.rewound)
-            pieces = await bench.patience.reach(lambda: read_sound(bench.inbox.journal, turn, sounds))
-            return replay(pieces), FeatureOutlet(bench.blobs, turn, self._place(), pieces, published)
+            return await self._sound(published)
         if self.claim.kind is LLM:
             encoded = await read_encoded(feed, bench.blobs, turn)
-            return None if encoded is None else (replay(encoded), AsItIs())
-        return follow(feed, self.claim.kind.reads), MelOutlet(bench.blobs, turn, self._place()[:2], published)
+            return None if encoded is None else Given(replay(encoded), AsItIs())
+        outlet = MelOutlet(bench.blobs, turn, bench.place(turn)[:2], published)
+        return Given(follow(feed, self.claim.kind.reads), outlet)
 
-    def _place(self) -> tuple[str, str, str]:
-        """Where blobs of this turn lie: partition, tenant, checkpoint."""
-        turn = self.claim.turn
-        partition = keys.partition_of(keys.session_of(turn.id), self._bench.partitions)
-        return partition, turn.caller.tenant or "default", self._bench.checkpoint
+    async def _sound(self, published: Sequence[Chunk]) -> Given:
+        """The sound of a turn, and what need not be encoded of it."""
+        bench, turn = self._bench, self.claim.turn
+        sounds = sounds_to_encode(turn, self.claim.rewound)
+        pieces = await bench.patience.reach(lambda: read_sound(bench.inbox.journal, turn, sounds))
+        place, contents = bench.place(turn), clip_contents(turn, pieces)
+        known: Sequence[Chunk] = ()
+        if not published and not self.claim.rewound:
+            known = await known_beginning(bench.blobs, sounds, place, contents)
+            ENCODED.labels("found").inc(sum(map(sound_seconds, known)))
+        return Given(replay(pieces), FeatureOutlet(bench.blobs, turn, place, contents, published or known), known)
 
     # ---- what the stage writes ----
 
@@ -235,24 +265,37 @@ class Attempt:
             chunk.report.worker = self.claim.consumer
         return chunk
 
-    async def _publish(self, made: Sequence[Chunk], parked: float = 0.0) -> str:
-        """Publish the last chunk made, and what the journal has lost before it. The outcome, if this ended the turn.
+    async def _publish(self, made: Sequence[Chunk], count: int = 1, parked: float = 0.0) -> str:
+        """Publish the last chunks made, and what the journal has lost before them. The outcome, if this ended the turn.
 
         `parked` is for how many seconds the turn needed no row.
         """
-        at = len(made) - 1
+        at = len(made) - count
         while at < len(made):
-            answer = await self._bench.publisher.publish(self.claim, made[at])
-            if answer.outcome.lost:
-                self._gone = self._gone or answer.outcome is Outcome.GONE
-                return "cancelled" if answer.outcome is Outcome.CANCELLED else LOST
-            at = answer.next if answer.outcome is Outcome.GAP else at + 1
-        return self._measured(made, parked)
+            for answer in await self._answers(made[at:]):
+                if answer.outcome.lost:
+                    self._gone = self._gone or answer.outcome is Outcome.GONE
+                    return "cancelled" if answer.outcome is Outcome.CANCELLED else LOST
+                at = answer.next if answer.outcome is Outcome.GAP else at + 1
+                if answer.outcome is Outcome.GAP:
+                    break
+        return self._measured(made, count, parked)
 
-    def _measured(self, made: Sequence[Chunk], parked: float) -> str:
+    async def _answers(self, chunks: Sequence[Chunk]) -> Sequence[Published]:
+        """What becomes of chunks that follow one another; they go together, with those of other turns."""
+        publish = self._bench.publisher.publish
+        if len(chunks) == 1:
+            return (await publish(self.claim, chunks[0]),)
+        return await asyncio.gather(*(publish(self.claim, chunk) for chunk in chunks))
+
+    def _count_encoded(self, chunk: Chunk) -> None:
+        if self.claim.kind is TOKENIZER:
+            ENCODED.labels("made").inc(sound_seconds(chunk))
+
+    def _measured(self, made: Sequence[Chunk], count: int, parked: float) -> str:
         """Record how long it took; "done" after the final chunk."""
         stage, seconds = self.claim.kind.name, perf_counter() - self._started
-        if len(made) == self.claim.next_index + 1:
+        if len(made) - count == self.claim.next_index:
             first = REBUILD if self.claim.next_index else FIRST_CHUNK
             first.labels(stage).observe(seconds - parked)
         if not made[-1].final:
@@ -290,9 +333,9 @@ async def _listen(feed: Feed, gate: Gate) -> None:
 class AsItIs:
     """Takes chunks that carry nothing big."""
 
-    async def take(self, chunk: Chunk) -> Chunk:
+    async def take(self, chunk: Chunk) -> Sequence[Chunk]:
         """The chunk itself."""
-        return chunk
+        return (chunk,)
 
     async def close(self, over: bool) -> None:
         """Nothing was put away."""

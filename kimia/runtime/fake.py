@@ -16,9 +16,11 @@ import struct
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kimia.clips import SEGMENT_POSITIONS, early_segments
 from kimia.errors import AudioError, ParameterError
 from kimia.model.chunking import ChunkPlanner
 from kimia.model.schedule import find_schedule
@@ -33,6 +35,7 @@ from kimia.v1.turn_pb2 import (
     STOP_REASON_UNSPECIFIED,
     Chunk,
     Encoded,
+    InputAudio,
     Speech,
     StageReport,
     Step,
@@ -91,47 +94,65 @@ class FakeTokenizer:
     async def run(
         self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
     ) -> AsyncIterator[Chunk]:
-        """Encode every clip of the inbox, as soon as it is complete; clips given out already cost nothing."""
-        index, seconds, clips = 0, 0.0, 0
-        finished = {chunk.encoded.clip for chunk in published if chunk.encoded.clip_end}
-        async for number, data, last in _clips(inbox):
-            clips += 1
-            if number not in finished:
+        """Encode every clip of the inbox, segment by segment as it arrives; what was given out costs nothing."""
+        index, seconds = 0, 0.0
+        clips: dict[int, _Clip] = {}
+        held: Chunk | None = None  # until it is known whether it is the last: by `final`, or by the inbox's end
+        async for chunk in inbox:
+            number = chunk.input.clip
+            clip = clips.setdefault(number, _Clip(number, *_layout(turn, number)))
+            pieces = clip.take(chunk.input)
+            if pieces and index + len(pieces) > len(published):
                 seconds += await _spend(self.timing.clip_seconds)
-            for encoded in encode(number, data, *_layout(turn, number)):
-                chunk = Chunk(index=index, encoded=encoded)
-                if last and encoded.clip_end:
-                    chunk.final = True
-                    chunk.report.CopyFrom(StageReport(compute_seconds=seconds, units=clips))
-                if index >= len(published):
-                    yield chunk
-                index += 1
+            for encoded in pieces:
+                if held is not None and held.index >= len(published):
+                    yield held
+                held, index = Chunk(index=index, encoded=encoded), index + 1
+            if held is not None and not clip.ended:
+                if held.index >= len(published):
+                    yield held
+                held = None
+        if held is None or not all(clip.ended for clip in clips.values()):
+            raise AudioError("the sound ends within a clip; mark its last piece as clip_end")
+        held.final = True
+        held.report.CopyFrom(StageReport(compute_seconds=seconds, units=len(clips)))
+        if held.index >= len(published):
+            yield held
 
 
-async def _clips(inbox: AsyncIterator[Chunk]) -> AsyncIterator[tuple[int, bytes, bool]]:
-    """(number, sound, whether it is the last) of each clip. Raises AudioError when the inbox ends within a clip."""
-    data = bytearray()
-    complete: tuple[int, bytes] | None = None  # the last clip is known to be it by `final`, or by the inbox's end
-    async for chunk in inbox:
-        if complete is not None:
-            yield *complete, False
-            complete = None
-        data += chunk.input.data
-        if chunk.input.clip_end:
-            complete = chunk.input.clip, bytes(data)
-            data.clear()
-    if complete is None or data:
-        raise AudioError("the sound ends within a clip; mark its last piece as clip_end")
-    yield *complete, True
+class _Clip:
+    """A clip as it arrives."""
+
+    def __init__(self, number: int, form: AudioFormat, features: bool) -> None:
+        self.ended = False
+        self._number = number
+        self._form = form
+        self._features = features
+        self._data = bytearray()
+        self._segments = 0  # given out
+
+    def take(self, piece: InputAudio) -> list[Encoded]:
+        """The stretches that a piece completes: those of whole segments, at the end all. Raises AudioError."""
+        self._data += piece.data
+        self.ended = piece.clip_end
+        given, self._segments = self._segments, early_segments(self._form, len(self._data))
+        if not (self.ended or self._segments > given):
+            return []
+        code_bytes = _code_bytes(self._form)
+        end = len(self._data) if self.ended else self._segments * SEGMENT_POSITIONS * code_bytes
+        made = encode(self._number, bytes(self._data[:end]), code_bytes, self._features)
+        pieces = list(made)[given * -(-SEGMENT_POSITIONS // STRETCH) :]
+        pieces[-1].clip_end = self.ended
+        return pieces
 
 
-def _layout(turn: Turn, number: int) -> tuple[int, bool]:
-    """(bytes of one code, whether features are read) of a clip."""
+def _layout(turn: Turn, number: int) -> tuple[AudioFormat, bool]:
+    """(format, whether features are read) of a clip."""
     for message in turn.messages:
         content = message.WhichOneof("content")
         clip = message.audio if content == "audio" else message.spoken.clip
         if content != "text" and clip.number == number:
-            return _code_bytes(clip.format), content == "audio"
+            return clip.format, content == "audio"
     raise AudioError(f"clip {number} belongs to no message of the turn; send clips that the turn names")
 
 
@@ -145,13 +166,19 @@ def encode(number: int, data: bytes, code_bytes: int, features: bool) -> Iterato
     if not data:
         raise AudioError(f"clip {number} is empty; leave it out")
     codes = [zlib.crc32(data[start : start + code_bytes]) % CODES for start in range(0, len(data), code_bytes)]
-    for start in range(0, len(codes), STRETCH):
-        stretch = codes[start : start + STRETCH]
-        encoded = Encoded(clip=number, codes=stretch, clip_end=start + STRETCH >= len(codes))
+    starts = [at for begin in range(0, len(codes), SEGMENT_POSITIONS) for at in _starts(begin, len(codes))]
+    for start, end in pairwise([*starts, len(codes)]):
+        stretch = codes[start:end]
+        encoded = Encoded(clip=number, codes=stretch, clip_end=end == len(codes))
         if features:
             encoded.features = b"".join(struct.pack("<2f", code, start + at) for at, code in enumerate(stretch))
             encoded.feature_type, encoded.feature_width = FEATURE_TYPE_F32, FEATURE_WIDTH
         yield encoded
+
+
+def _starts(begin: int, end: int) -> range:
+    """Where the stretches of a segment begin."""
+    return range(begin, min(begin + SEGMENT_POSITIONS, end), STRETCH)
 
 
 # ---- language model ---------------------------------------------------------------------------------------------

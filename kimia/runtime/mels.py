@@ -29,14 +29,14 @@ class MelOutlet:
         self._named = [chunk.speech.mel_key for chunk in published if chunk.speech.mel_key]
         self._storing: list[asyncio.Task[None]] = []
 
-    async def take(self, chunk: Chunk) -> Chunk:
+    async def take(self, chunk: Chunk) -> Sequence[Chunk]:
         """The chunk to publish: its mel is being put away, and named instead."""
         if chunk.speech.mel:
             key = keys.mel(*self._place, self._turn_id, chunk.index)
             self._named.append(key)
             self._storing.append(asyncio.create_task(self._store(key, chunk.speech.mel)))
             chunk.speech.mel, chunk.speech.mel_key = b"", key
-        return chunk
+        return (chunk,)
 
     async def close(self, over: bool) -> None:
         """Wait until all is stored; where the turn is over nobody goes on with it, and its mels are dropped."""

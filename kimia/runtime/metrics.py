@@ -60,6 +60,11 @@ PUBLISH = Histogram("kimia_publish_seconds", "Seconds of one publishing round tr
 REAL_TIME_FACTOR = Histogram(
     "kimia_real_time_factor", "Ratio: seconds of computing per second of sound", ["stage"], buckets=RATIO
 )
+ENCODED = Counter(
+    "kimia_encoded_sound_seconds",
+    "Seconds of sound that turns needed encoded, by outcome: made, or found in the blob store; early: made before that",
+    ["outcome"],
+)
 JOBS_WAITING = Gauge(
     "kimia_jobs_waiting", "Turns queued for the stage and not claimed; above 0 for long: an alarm", ["stage"]
 )

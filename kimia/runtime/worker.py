@@ -17,12 +17,14 @@ from functools import partial
 
 from kimia.errors import UnavailableError
 from kimia.runtime.attempt import HANDED_OVER, LOST, Attempt, Bench
+from kimia.runtime.early import encode_early
 from kimia.runtime.logs import get_logger
 from kimia.runtime.metrics import CLAIMS, JOBS_WAITING, QUEUE_WAIT, TAKE_OVERS, TURNS
 from kimia.runtime.publisher import Publisher
 from kimia.runtime.rows import Row, Rows
-from kimia.stage import Stage
+from kimia.stage import TOKENIZER, Stage
 from kimia.streams.blobs import Blobs
+from kimia.streams.early import Early
 from kimia.streams.inbox import Inbox
 from kimia.streams.jobs import Claim, Jobs
 from kimia.streams.ledger import Ledger
@@ -47,6 +49,7 @@ class Worker:
         self._lease = wire.options.lease
         self._jobs = Jobs(wire, stage.kind, consumer)
         self._ledger = Ledger(wire)
+        self._early = Early(wire)
         self._patience = Patience(_say_lost, _say_found)
         self._inbox = Inbox(wire, consumer)
         self._publisher = Publisher(self._jobs, self._patience, stage.kind.name)
@@ -71,7 +74,9 @@ class Worker:
         """Work until drained. Cancelled, it stops at once and gives nothing back: so it is when a process dies."""
         async with self._inbox:
             await self._patience.reach(self._jobs.prepare)
-            steps = ((self._claim, 0.0), (self._recover, self._lease / 4), (self._announce, self._lease))
+            steps = [(self._claim, 0.0), (self._recover, self._lease / 4), (self._announce, self._lease)]
+            if self.kind is TOKENIZER:
+                steps.append((self._encode_early, 0.0))
             self._fronts = [asyncio.create_task(self._repeat(*step)) for step in steps]
             beating = asyncio.create_task(self._beat())
             try:
@@ -80,6 +85,7 @@ class Worker:
                 attempts = [attempt.task for attempt in self._attempts]
                 await end([*self._fronts, beating, *self._returns, *attempts])
                 await self._publisher.aclose()
+                await self._early.aclose()
 
     async def drain(self, seconds: float) -> None:
         """Claim nothing more, let turns end for so long, hand the rest over, and leave."""
@@ -116,6 +122,12 @@ class Worker:
             claims = await self._jobs.recover(self._rows.free)
             TAKE_OVERS.labels(self.kind.name).inc(len(claims))
             self._begin(claims)
+
+    async def _encode_early(self) -> None:
+        """Encode what callers who still speak have finished, one stretch of sound at a time."""
+        turn = await self._early.take(IDLE_WAIT)
+        if turn is not None:
+            await encode_early(self._bench, turn)
 
     def _begin(self, claims: Iterable[Claim]) -> None:
         for claim in claims:

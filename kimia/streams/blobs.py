@@ -23,6 +23,14 @@ class Blobs:
         with reached("blob store"):
             await self._client.set(key, data, px=self._life)
 
+    async def put_all(self, blobs: Sequence[tuple[str, bytes]]) -> None:
+        """Store blobs, key and data of each, in one round trip."""
+        with reached("blob store"):
+            async with self._client.pipeline(transaction=False) as pipe:
+                for key, data in blobs:
+                    pipe.set(key, data, px=self._life)
+                await pipe.execute()
+
     async def get(self, keys: Sequence[str]) -> list[bytes | None]:
         """The blobs in the order of the keys, None where one is missing; those found live for another lease."""
         with reached("blob store"):

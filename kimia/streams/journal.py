@@ -175,6 +175,12 @@ class Journal:
             raise _no_turn(turn_id)
         return parse_head(cast(Mapping[bytes, bytes], fields))
 
+    async def note_blobs(self, turn_id: str, blobs: Sequence[str]) -> bool:
+        """Let the deletion of an open turn's session find these blobs; False where the turn is gone."""
+        p, session = self._partition(turn_id), keys.session_of(turn_id)
+        names = [*turn_keys(p, turn_id), keys.session_blobs(p, session)]
+        return bool(await self._wire.call("note_blobs", names, blobs))
+
     async def cancel(self, turn_id: str) -> bool:
         """Stop a turn. True if this call ended it; False if it had ended, or is gone."""
         return await self._finish(turn_id, "cancelled", b"")

@@ -123,6 +123,11 @@ def worker_jobs(p: str, stage: str, worker: str) -> str:
     return f"{p}:jobs:{stage}:@{worker}"
 
 
+def early(p: str, stage: str) -> str:
+    """List: sound that a stage may read before its turn is submitted."""
+    return f"{p}:early:{stage}"
+
+
 def token(p: str, stage: str) -> str:
     """Counter: tokens of claims of this stage; `reader` for reader tokens."""
     return f"{p}:token:{stage}"

@@ -36,7 +36,7 @@ SCRIPTS: dict[str, Boundary] = {
     "heartbeat": "heartbeat",
     **dict.fromkeys(("finish", "release", "rewind", "drop"), "ack"),
 }
-ASIDE = ("delete", "depth", "join", "leave")  # and the ledger: no part of a turn
+ASIDE = ("delete", "depth", "join", "leave", "note_blobs")  # and the ledger: no part of a turn
 READS = ("XRANGE", "XREVRANGE", "XREAD", "HGETALL", "HMGET", "GET", "MGET", "GETEX")
 FINAL = 7  # where `publish` says in its arguments that the chunk is the final one, which acknowledges the job
 REFUSALS = (  # by the passage, so that a schedule stays a pure function of its seed

@@ -24,17 +24,27 @@ async def records(valkey_url):
 
 
 async def test_a_session_begins_once(records):
-    record, new = await records.begin("s", CALLER)
-    assert new
-    assert record.caller.tenant == "t"
-    again, new = await records.begin("s", CALLER)
-    assert not new
-    assert again == record
+    begun = await records.begin("s", CALLER)
+    assert begun.new
+    assert begun.record.caller.tenant == "t"
+    again = await records.begin("s", CALLER)
+    assert not again.new
+    assert (again.record, again.version) == (begun.record, begun.version)
+    unheard = await records.begin("s", CALLER, unheard=True)  # it was heard of, after all
+    assert unheard == again
 
 
 async def test_many_may_begin_it_at_once(records):
     begun = await asyncio.gather(*(records.begin("s", CALLER) for _ in range(5)))
-    assert sorted(new for _, new in begun) == [False] * 4 + [True]
+    assert sorted(seen.new for seen in begun) == [False] * 4 + [True]
+
+
+async def test_a_change_begins_from_what_was_seen_and_never_overwrites(records):
+    seen = await records.begin("s", CALLER)
+    await records.change("s", lambda record: record.turn_ids.append("s.0"), seen)
+    await records.change("s", lambda record: record.turn_ids.append("s.1"), seen)  # which is old by now
+    assert list((await records.load("s", "t")).turn_ids) == ["s.0", "s.1"]
+    assert not seen.record.turn_ids
 
 
 async def test_nobody_sees_the_session_of_another_tenant(records):

@@ -8,6 +8,8 @@ from kimia.errors import CapacityError, NotFoundError, RequestError, StateError
 from kimia.runtime.fake import TOKEN_OFFSET, read_pcm
 from kimia.stage import DETOKENIZER
 from kimia.status import from_rpc_error
+from kimia.streams.journal import Journal
+from kimia.streams.wire import Wire
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.audio_pb2 import ENCODING_MULAW, AudioFormat
 from kimia.v1.conversation_pb2 import TurnOptions
@@ -32,6 +34,22 @@ from tests.runtime.workers import SECONDS
 pytestmark = pytest.mark.unit
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What orchestrators ask the journal for, call by call."""
+    calls = []
+    for owner, names in ((Wire, ["call"]), (Journal, ["head", "load_session"])):
+        for name in names:
+            plain = getattr(owner, name)
+
+            async def noted(self, *args, plain=plain, name=name):
+                calls.append(args[0] if name == "call" else name)
+                return await plain(self, *args)
+
+            monkeypatch.setattr(owner, name, noted)
+    return calls
+
+
 async def refused(stream):
     """The error of a call that is refused."""
     with pytest.raises(grpc.RpcError) as caught:
@@ -53,6 +71,25 @@ async def test_text_is_answered_with_text(world):
     assert done.stop == STOP_REASON_TEXT_EOS
     assert done.usage.steps == 40
     assert not done.usage.audio_samples
+
+
+START = ["ledger_reserve", "save", "open", "append", "load_session", "head", "save", "submit"]
+
+
+@pytest.mark.parametrize(
+    ("session", "expected"),
+    [
+        ("", ["ledger_reserve", "save", "open", "append", "save", "submit"]),
+        ("s1", ["load_session", "ledger_reserve", "load_session", "save", "open", "append", "save", "submit"]),
+    ],
+    ids=["one request", "a session that begins"],
+)
+async def test_a_turn_starts_with_so_many_round_trips(world, asked, session, expected):
+    await world.begin()
+    asked.clear()
+    await world.generate(speaks(), session_id=session)
+    seen = [name for name in asked if name in START]
+    assert seen[: seen.index("submit") + 1] == expected
 
 
 async def test_sound_is_answered_with_text_and_speech(world):

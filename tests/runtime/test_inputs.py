@@ -4,7 +4,16 @@ import pytest
 
 from kimia.errors import NotFoundError, TurnCancelledError, UnavailableError
 from kimia.runtime.fake import FakeTokenizer
-from kimia.runtime.inputs import FeatureOutlet, follow, read_encoded, read_sound, replay, sounds_to_encode
+from kimia.runtime.inputs import (
+    FeatureOutlet,
+    clip_contents,
+    follow,
+    known_beginning,
+    read_encoded,
+    read_sound,
+    replay,
+    sounds_to_encode,
+)
 from kimia.v1.conversation_pb2 import Message, Spoken
 from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio
 from tests.runtime.workers import FORMAT, heard, input_log, new_turn, sound
@@ -42,13 +51,17 @@ class Blobs:
         self.kept = {}
         self.down = down
         self.batches = []
+        self.puts = []
 
-    async def put(self, key, data):
+    async def put_all(self, blobs):
+        self.puts.append(len(blobs))
         if self.down:
             raise UnavailableError("down")
-        self.kept[key] = data
+        self.kept.update(blobs)
 
     async def get(self, keys):
+        if self.down:
+            raise UnavailableError("down")
         self.batches.append(len(keys))
         return [self.kept.get(key) for key in keys]
 
@@ -107,9 +120,13 @@ async def encoded_by(turn, log):
 
 
 async def put_away(turn, log, blobs, published=(), made=None):
-    outlet = FeatureOutlet(blobs, turn, PLACE, log, published)
-    taken = [await outlet.take(chunk) for chunk in (made if made is not None else await encoded_by(turn, log))]
-    return [chunk for chunk in taken if chunk is not None]
+    outlet = FeatureOutlet(blobs, turn, PLACE, clip_contents(turn, log), published)
+    made = made if made is not None else await encoded_by(turn, log)
+    return [out for chunk in made for out in await outlet.take(chunk)]
+
+
+async def found(turn, log, blobs):
+    return await known_beginning(blobs, sounds_to_encode(turn, False), PLACE, clip_contents(turn, log))
 
 
 async def test_features_go_away_and_come_back():
@@ -139,6 +156,68 @@ async def test_an_interrupted_run_goes_on_with_the_same_keys():
     first = await put_away(turn, log, blobs)
     rest = [chunk async for chunk in FakeTokenizer().run(turn, replay(log), first[:1])]
     assert await put_away(turn, log, blobs, first[:1], rest) == first[1:]
+
+
+async def test_a_segment_goes_away_and_is_published_in_one_go():
+    turn, blobs = new_turn(heard(0)), Blobs()
+    log = input_log((0, sound(800)), size=100_000)
+    made = await encoded_by(turn, log)
+    outlet = FeatureOutlet(blobs, turn, PLACE, clip_contents(turn, log))
+    given = [len(await outlet.take(chunk)) for chunk in made]
+    assert [count for count in given if count] == [32, 32, 5]
+    assert [sum(given[: at + 1]) for at in (31, 63, 68)] == [32, 64, 69]
+    assert blobs.puts == [32, 32, 5]
+
+
+@pytest.mark.parametrize("codes", [5, 375, 376, 381, 382, 800])
+async def test_what_was_encoded_once_is_found_whoever_asks(codes):
+    """375 codes are a segment; one can be encoded early when 6.25 codes have come behind it."""
+    blobs, log = Blobs(), input_log((0, sound(codes)), (1, sound(20, 2)), size=100_000)
+    first = await put_away(new_turn(heard(0), heard(1)), log, blobs)
+    turn = new_turn(heard(0), heard(1))
+    again = await found(turn, log, blobs)
+    assert again[-1].report.units == 2
+    for chunks in (first, again):
+        chunks[-1].report.compute_seconds = 0
+    assert again == first
+    assert await read_encoded(Feed(again), blobs, turn) == await encoded_by(turn, log)
+
+
+async def test_a_clip_that_goes_on_shares_its_finished_segments():
+    blobs = Blobs()
+    data = sound(1000)
+    turn = new_turn(heard(0))
+    await put_away(turn, input_log((0, data[: 382 * 2560]), size=50_000), blobs)
+    log = input_log((0, data), size=50_000)
+    known = await found(turn, log, blobs)
+    assert len(known) == 32
+    assert sum(len(chunk.encoded.codes) for chunk in known) == 375
+    assert not known[-1].final
+    made = [chunk async for chunk in FakeTokenizer().run(turn, replay(log), known)]
+    assert [*known, *await put_away(turn, log, blobs, known, made)] == await put_away(turn, log, Blobs())
+    assert await found(turn, input_log((0, data[: 381 * 2560]), size=50_000), blobs) == []  # it has another end
+
+
+async def test_only_a_beginning_without_gaps_is_known():
+    blobs, turn = Blobs(), new_turn(heard(0), heard(1), heard(2))
+    logs = input_log((0, sound(30)), (1, sound(30, 2)), (2, sound(30, 3)))
+    out = await put_away(turn, logs, blobs)
+    del blobs.kept[out[4].encoded.feature_key]  # in the middle of the second clip
+    known = await found(turn, logs, blobs)
+    assert [(chunk.index, chunk.encoded.clip) for chunk in known] == [(0, 0), (1, 0), (2, 0)]
+    assert known == out[:3]
+
+
+async def test_nothing_is_known_of_others_and_of_what_has_no_blobs():
+    blobs, log = Blobs(), input_log((0, sound(20)))
+    await put_away(new_turn(heard(0)), log, blobs)
+    spoken_turn, turn = new_turn(spoken(0, format=FORMAT)), new_turn(heard(0))
+    assert await found(spoken_turn, log, blobs) == []
+    for place in (("{0}", "other", "weights"), ("{0}", "t", "others")):
+        sounds, names = sounds_to_encode(turn, False), clip_contents(turn, log)
+        assert await known_beginning(blobs, sounds, place, names) == []
+    blobs.down = True
+    assert await found(turn, log, blobs) == []
 
 
 async def test_without_features_there_is_no_blob():

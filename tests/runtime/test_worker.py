@@ -734,12 +734,13 @@ async def test_own_features_that_are_gone_are_made_again(house, wire):
 
 
 async def test_without_a_blob_store_features_travel_in_the_log(house, monkeypatch):
-    async def put(self, key, data):
+    async def put(self, *_):
         raise UnavailableError("no blobs today")
 
     monkeypatch.setattr("kimia.streams.blobs.Blobs.put", put)
+    monkeypatch.setattr("kimia.streams.blobs.Blobs.put_all", put)
     house.start_fakes(QUICK)
-    turn, given = new_turn(heard(0)), input_log((0, sound(30)))
+    turn, given = new_turn(heard(0)), input_log((0, sound(30, 77)))
     await house.ask(turn, given)
     assert (await house.ended(turn.id)).state == "done"
     assert all(c.encoded.features for c in await house.journal.read(turn.id, "encoded"))

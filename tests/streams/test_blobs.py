@@ -24,6 +24,14 @@ async def test_blobs_come_back_in_order_and_missing_ones_as_none(wire):
     assert await blobs.get([]) == []
 
 
+async def test_many_are_stored_at_once_on_the_same_lease(wire):
+    blobs = Blobs(wire)
+    await blobs.put_all([("a", b"1"), ("b", b"2")])
+    await blobs.put_all([])
+    assert await blobs.get(["a", "b"]) == [b"1", b"2"]
+    assert 0 < await wire.blobs.pttl("b") <= 60_000
+
+
 async def test_what_is_dropped_is_gone(wire):
     blobs = Blobs(wire)
     for key in "abc":
@@ -49,6 +57,8 @@ async def test_a_store_that_is_gone_is_named(valkey_url):
     wire.blobs = type(wire.blobs).from_url("redis://127.0.0.1:1/0")
     with pytest.raises(UnavailableError, match="blob store"):
         await Blobs(wire).put("a", b"x")
+    with pytest.raises(UnavailableError, match="blob store"):
+        await Blobs(wire).put_all([("a", b"x")])
     await wire.blobs.aclose()
     wire.blobs = wire.journal
     await wire.aclose()
