@@ -23,6 +23,7 @@ COMMANDS = {
     "ps": "what runs in a service, and how full it is",
     "explain": "show the prompt of a conversation as a table, without running the model",
     "checkpoint": "create, inspect or convert a model folder",
+    "plan": "how many GPUs so many calls need, with the arithmetic",
     "triton": "write a model repository, so that Triton hosts the encoders and the vocoder",
     "verify": "compare this installation with golden data",
 }
