@@ -72,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     q (B, H, T, D); k, v (B, kv_heads, S, D) with S = `visible.keys` -> (B, H, T, D), in the dtype of q.
     Float32 stays float32.
     """
-    if _flash_fits(q):
+    if flash_fits(q):
         return _flash(q, k, v, visible)
     if visible.unmasked:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -81,7 +81,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=True)
 
 
-def _flash_fits(q: Tensor) -> bool:
+def flash_fits(q: Tensor) -> bool:
+    """Whether flash-attn is there and takes queries of this kind (..., D)."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     return FLASH_INSTALLED and q.is_cuda and half and q.shape[-1] <= FLASH_MAX_HEAD_DIM
 
@@ -93,3 +94,24 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     if visible.uniform:  # differentiable; causal aligns the last query with the last key, as Visible does
         return flash_attn_func(q, k, v, causal=visible.causal).transpose(1, 2)
     return flash_attn_with_kvcache(q, k, v, cache_seqlens=visible.row_lengths, causal=visible.causal).transpose(1, 2)
+
+
+def decode_in_pages(queries: Tensor, keys_values: Tensor, pages: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    """One position of each of B rows by flash-attn: its key and value are stored, its queries see the row so far.
+
+    queries (B, kv_heads, group, D), keys_values (B, 2, kv_heads, D), pages (2, pages, positions, kv_heads, D), lengths
+    (B,) int32 before this position, table (B, n) int32 of each row's pages -> (B, heads x D).
+    """
+    from flash_attn import flash_attn_with_kvcache
+
+    keys, values = keys_values[:, None].unbind(2)  # (B, 1, kv_heads, D)
+    mixed = flash_attn_with_kvcache(
+        queries.flatten(1, 2)[:, None],
+        *pages,
+        keys,
+        values,
+        cache_seqlens=lengths,
+        block_table=table,
+        causal=True,
+    )
+    return mixed.flatten(1)

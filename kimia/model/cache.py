@@ -20,7 +20,8 @@ SMALLEST_ROOM = 256  # positions
 
 
 class Cache(Protocol):
-    """What a forward pass asks of a cache; there is one of a batch, and one of a turn (`kimia.model.turn_cache`)."""
+    """What a forward pass asks of a cache; there is one of a batch, and two of a turn (`kimia.model.turn_cache`,
+    `kimia.model.paged`)."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -30,6 +31,25 @@ class Cache(Protocol):
         self, slot: int, k: Tensor, v: Tensor, positions: Tensor, counts: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """Store new positions of a slot; its keys and values so far."""
+
+
+class GrowingCache(Cache, Protocol):
+    """The cache of one turn, which is read in pieces and then grows step by step."""
+
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """What the cache holds, room included."""
+
+    def reserve(self, positions: int) -> None:
+        """Room for so many positions altogether."""
+
+    def advance(self, positions: int) -> None:
+        """So many positions have been written to all slots."""
+
+    def cut(self, positions: int) -> None:
+        """Forget what lies behind so many positions."""
 
 
 class KVCache:

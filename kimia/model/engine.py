@@ -26,14 +26,15 @@ import torch
 from torch import Tensor
 
 from kimia.errors import KimiaError, ParameterError
+from kimia.model.cache import GrowingCache
 from kimia.model.drawing import Draws, Recent
 from kimia.model.fused import FusedLM, RowFeed, Wanted
 from kimia.model.generate import GenerateOptions, Step, TrackTokens, TurnTracks
 from kimia.model.lm import DualTrackLM, Row, stack
+from kimia.model.paged import PagedLM
 from kimia.model.philox import Track, uniforms
 from kimia.model.prefix import Ahead, PieceContent, Prefix, Prefixes, content_of
 from kimia.model.sampler import TrackSampling, no_numbers
-from kimia.model.turn_cache import TurnCache
 
 TRACKS = Track.TEXT, Track.AUDIO  # in the order of the logits
 NUMBERS = 256  # steps whose uniform numbers are made at once: ten times cheaper than one by one
@@ -55,7 +56,7 @@ class Answer:
         self._feed = (prompt.audio_ids[-1], prompt.text_ids[-1])
 
     @property
-    def cache(self) -> TurnCache:
+    def cache(self) -> GrowingCache:
         """Its keys and values."""
         return self.prefix.cache
 
@@ -108,7 +109,7 @@ class Engine:
         self.rows = rows
         self.piece = PIECE[lm.device.type]
         self.prefixes = Prefixes(limit=0) if prefixes is None else prefixes
-        self._fused = FusedLM(lm, rows)
+        self._fused = PagedLM(lm, rows) if lm.device.type == "cuda" else FusedLM(lm, rows)
         self._draws: Draws | None = None
         self._drawn_by: list[list[TrackSampling]] = []
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kimia.model.cache import GrowingCache
 from kimia.model.config import LMConfig
 from kimia.model.lm import DecoderLayer, DualTrackLM, RMSNorm, rotary_tables
 from kimia.model.philox import Track
@@ -35,7 +36,7 @@ class RowFeed(NamedTuple):
 
     audio_id: int
     text_id: int
-    cache: TurnCache
+    cache: GrowingCache
     text: bool
     audio: bool
 
@@ -108,6 +109,16 @@ class Scratch:
         return self._like.new_empty(*outer, self._rows, width)
 
 
+class Attention(Protocol):
+    """What a layer asks of attention."""
+
+    def begin(self, feeds: Sequence[RowFeed]) -> None:
+        """Make room for the next position of each turn, before the step."""
+
+    def __call__(self, slot: int, rows: Sequence[int]) -> Tensor:
+        """Keep the keys and values of `rows` and let their queries see: (B, heads x D)."""
+
+
 class TurnByTurn:
     """Attention of one row after another, each over exactly its own positions; (B, heads x D) for all of them."""
 
@@ -122,6 +133,7 @@ class TurnByTurn:
         self._places.clear()
         self._seen.clear()
         for feed in feeds:
+            assert isinstance(feed.cache, TurnCache)
             feed.cache.reserve(feed.cache.length + 1)
             places, seen = feed.cache.next_position()
             self._places.append(places)
@@ -167,7 +179,7 @@ class FusedLayer:
         self.out, self.down = attention.o_proj.weight.t(), mlp.down_proj.weight.t()
         self.before, self.between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
 
-    def __call__(self, s: Scratch, attend: TurnByTurn, rows: Sequence[int]) -> None:
+    def __call__(self, s: Scratch, attend: Attention, rows: Sequence[int]) -> None:
         """`s.x` becomes what comes out of the layer; it means something for `rows` only."""
         self.before(s)
         torch.addmm(self.bias, s.operand, self.qkv, out=s.qkv)
@@ -208,10 +220,10 @@ class FusedLM:
         if not lm.text_only:
             self._heads.append(Head(lm.model.mimo_norm, lm.mimo_output))
         self._scratch = Scratch(config, rows, lm.lm_head.weight)
-        self._attend = TurnByTurn(self._scratch)
+        self._attend: Attention = TurnByTurn(self._scratch)
         self._angles = signed_angles(config, lm.device)
 
-    def new_cache(self, *, audio: bool) -> TurnCache:
+    def new_cache(self, *, audio: bool) -> GrowingCache:
         """An empty cache for one turn; without `audio` it has no room for the audio branch."""
         config = self.lm.config
         slots = config.layers + (config.mimo_layers if audio else 0)

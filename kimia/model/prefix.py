@@ -19,8 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kimia.model.cache import GrowingCache
 from kimia.model.lm import Row
-from kimia.model.turn_cache import TurnCache
 
 PieceContent: TypeAlias = tuple[bytes, ...]
 
@@ -48,7 +48,7 @@ class Prefix:
     Of some pieces only the layers up to the fork may be there: a turn reads no branch that it does not need.
     """
 
-    cache: TurnCache
+    cache: GrowingCache
     conversation: str  # "": nobody's, nothing is noted
     contents: list[PieceContent] = field(default_factory=list)
     text: int = 0  # pieces, from the beginning, of which the layers above the fork are there

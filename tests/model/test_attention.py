@@ -84,7 +84,7 @@ def test_gradients_flow():
 def test_cpu_and_float32_never_take_flash(monkeypatch):
     monkeypatch.setattr(module, "FLASH_INSTALLED", True)
     for dtype in (torch.float32, torch.bfloat16):
-        assert not module._flash_fits(torch.zeros(1, 1, 1, 8, dtype=dtype))
+        assert not module.flash_fits(torch.zeros(1, 1, 1, 8, dtype=dtype))
 
 
 @pytest.fixture
@@ -99,15 +99,25 @@ def documented_flash(monkeypatch):
     def flash_attn_func(q, k, v, causal=False):
         return with_lengths(q, k, v, [k.shape[1]] * k.shape[0], causal)
 
-    def flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=None, causal=False):
+    def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False):
         assert cache_seqlens.dtype == torch.int32
-        return with_lengths(q, k_cache, v_cache, cache_seqlens.tolist(), causal)
+        lengths = cache_seqlens.tolist()
+        if block_table is None:
+            return with_lengths(q, k_cache, v_cache, lengths, causal)
+        assert block_table.dtype == torch.int32
+        assert k.shape == v.shape == (len(lengths), q.shape[1], *k_cache.shape[2:])
+        size = k_cache.shape[1]
+        for row, at in enumerate(lengths):  # one new position, stored in place
+            page = block_table[row, at // size]
+            k_cache[page, at % size], v_cache[page, at % size] = k[row, 0], v[row, 0]
+        keys, values = (cache[block_table.long()].flatten(1, 2) for cache in (k_cache, v_cache))
+        return with_lengths(q, keys, values, [at + 1 for at in lengths], causal)
 
     fake = ModuleType("flash_attn")
     fake.flash_attn_func = flash_attn_func
     fake.flash_attn_with_kvcache = flash_attn_with_kvcache
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    monkeypatch.setattr(module, "_flash_fits", lambda q: True)
+    monkeypatch.setattr(module, "flash_fits", lambda q: True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -126,7 +136,7 @@ def test_flash_equals_sdpa(name, dtype, monkeypatch):
     case = CASES[name]
     visible = Visible(case.lengths, case.queries, case.causal, torch.device("cuda"))
     q, k, v = (tensor.cuda() for tensor in tensors(visible, dtype))
-    assert module._flash_fits(q)
+    assert module.flash_fits(q)
     fast = attention(q, k, v, visible)
     monkeypatch.setattr(module, "FLASH_INSTALLED", False)
     torch.testing.assert_close(fast, attention(q, k, v, visible), atol=2e-2, rtol=2e-2)
