@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kimia.errors import KimiaError, ParameterError
+from kimia.errors import ConfigError, KimiaError, ParameterError
 from kimia.model.cache import GrowingCache
 from kimia.model.drawing import Draws, Recent
 from kimia.model.fused import FusedLM, RowFeed, Wanted
@@ -38,6 +38,7 @@ from kimia.model.sampler import TrackSampling, no_numbers
 
 TRACKS = Track.TEXT, Track.AUDIO  # in the order of the logits
 NUMBERS = 256  # steps whose uniform numbers are made at once: ten times cheaper than one by one
+LANES = 32  # numbers that a CPU loop takes at a time, at most; it computes the rest of a row in another way
 PIECE = {"cpu": 64, "cuda": 512}  # positions of the prompt that are read at a time: about one step's time
 
 
@@ -104,7 +105,15 @@ class Engine:
     """The language model answering up to `rows` turns per step."""
 
     def __init__(self, lm: DualTrackLM, rows: int, prefixes: Prefixes | None = None) -> None:
-        """Without `prefixes` nothing is kept between turns."""
+        """Without `prefixes` nothing is kept between turns.
+
+        Raises ConfigError for a model with which a turn's numbers would depend on its place in the batch.
+        """
+        if lm.config.intermediate_size % LANES:
+            raise ConfigError(
+                f"intermediate_size must be a multiple of {LANES} to answer several turns at once, "
+                f"got {lm.config.intermediate_size}"
+            )
         self.lm = lm
         self.rows = rows
         self.piece = PIECE[lm.device.type]

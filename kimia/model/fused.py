@@ -7,8 +7,8 @@ the parts, which become views of them: no weight is stored twice. Every operatio
 
 Nobody's numbers depend on the neighbours. Matrix products always have the full number of rows, whoever fills them: a
 product of another shape would round otherwise. Attention, where turns differ in length, is computed turn by turn over
-exactly its own positions. What remains works number by number; there the width of a layer must be a multiple of 32,
-as in every release, since vector and remainder of a CPU loop round otherwise, too.
+exactly its own positions. What remains works number by number. Vector and remainder of a CPU loop round an exponential
+otherwise, too, so the width of SwiGLU must leave no remainder: `Engine` sees to that.
 """
 
 from __future__ import annotations

@@ -37,12 +37,13 @@ from kimia.runtime.metrics import PARKED, ROWS, ROWS_USED, MetricsServer, start_
 from kimia.runtime.rows import Rows
 from kimia.runtime.server import bind, build_server, offer_reflection
 from kimia.runtime.settings import Settings, read_settings
-from kimia.stage import Stage, StageKind
+from kimia.stage import LLM, Stage, StageKind
 from kimia.streams.patience import end
 
 if TYPE_CHECKING:
     from kimia.runtime.triton import TritonHost
     from kimia.runtime.worker import Worker
+    from kimia.streams.ledger import Ledger
     from kimia.streams.wire import Wire
 
 __all__ = ["Service", "connect", "consumer_name", "run_service", "run_stage"]
@@ -286,7 +287,22 @@ class StageService:
         consumer = consumer_name(self.name)
         self._worker = Worker(stage, self._wire, self._rows, consumer, checkpoint_name(stage, self._settings))
         log.info("joining", consumer=consumer, rows=self._rows.count)
-        self._direct.open(stage, Ledger(self._wire))
+        ledger = Ledger(self._wire)
+        await self._compare_rows(ledger)
+        self._direct.open(stage, ledger)
+
+    async def _compare_rows(self, ledger: Ledger) -> None:
+        """Say so when a language model computes another number of turns at once than those beside it.
+
+        It works; but products of another shape round otherwise, so a turn that changes hands may draw other ids.
+        """
+        if self._kind is not LLM:
+            return
+        with contextlib.suppress(UnavailableError):  # the worker waits until it can be reached
+            workers = (await ledger.usage())[self._kind.name].workers.values()
+            others = sorted({worker.rows for worker in workers} - {self._rows.count})
+            if others:
+                log.warning("other workers have other KIMIA_ROWS", rows=self._rows.count, others=others)
 
     async def run(self) -> None:
         """Serve the pipeline; without one, wait for the end."""

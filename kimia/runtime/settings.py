@@ -67,7 +67,7 @@ class Settings(BaseSettings):
         pattern=r"^(triton://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})?$",
         description="`triton://host:port`: a Triton server computes encoders and vocoder. Empty: the process does",
     )
-    rows: int = Field(4, ge=1, description="Turns that a stage computes at once")
+    rows: int = Field(4, ge=1, description="Turns that a stage computes at once. The same for all llm workers")
     prefix_bytes: int = Field(
         -1,
         ge=-1,

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from benchmarks.engine import LONG, SHORT, Bench, prompt_of, report
-from tests.model.tiny_lm import CONFIG, random_lm
+from tests.model.tiny_lm import CONFIG, WIDE, random_lm
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(random_lm(dataclasses.replace(CONFIG, max_positions=8192)), steps=3)
+    return Bench(random_lm(dataclasses.replace(WIDE, max_positions=8192)), steps=3)
 
 
 def test_every_number_is_there(bench: Bench) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from kimia.errors import AudioError, NumericsError, ParameterError
+from kimia.errors import AudioError, ConfigError, NumericsError, ParameterError
 from kimia.model.engine import Answer, Engine, part
 from kimia.model.fused import Wanted
 from kimia.model.generate import GenerateOptions, Step, generate
@@ -16,11 +16,10 @@ from kimia.model.philox import Track
 from kimia.model.sampler import Sampling
 from tests.golden_data import golden
 from tests.model.test_generate import CASES, RUNS, golden_prompt, track_tokens
-from tests.model.tiny_lm import BLANK, CONFIG, TOKENS, random_lm, random_row
+from tests.model.tiny_lm import BLANK, CONFIG, TOKENS, WIDE, random_lm, random_row
 
 pytestmark = pytest.mark.parity
 
-WIDE = dataclasses.replace(CONFIG, hidden_size=48, intermediate_size=64)  # numbers per row as every release has them
 SAMPLED = Sampling.from_arguments(
     {
         "text_temperature": 1.0,
@@ -167,7 +166,7 @@ def drawn_from(engine: Engine, company: int, place: int, monkeypatch) -> dict[tu
 
 
 @pytest.mark.parametrize(("company", "place"), [(1, 0), (4, 0), (4, 4), (4, 2), (7, 3)])
-@pytest.mark.parametrize("rows", [2, 5, 16])
+@pytest.mark.parametrize("rows", [2, 5, 40])  # 40: two vectors and a half
 def test_neighbours_change_no_bit(rows, company, place, lm, monkeypatch):
     engine = Engine(lm, rows)
     alone, among = (drawn_from(engine, number, place, monkeypatch) for number in (0, company))
@@ -236,6 +235,12 @@ def test_what_exceeds_the_context_is_refused(engine):
     engine.begin(PROMPT, TOKENS, options(max_steps=room))
     with pytest.raises(ParameterError, match="exceed the context of 512"):
         engine.begin(PROMPT, TOKENS, options(max_steps=room + 1))
+
+
+def test_a_width_with_a_remainder_is_refused():
+    """Vector and remainder of a loop round differently, so a turn would depend on its place."""
+    with pytest.raises(ConfigError, match="a multiple of 32"):
+        Engine(random_lm(), rows=4)
 
 
 def test_speech_needs_the_audio_branch(lm):

@@ -14,8 +14,8 @@ from kimia.model.lm import DualTrackLM, Row
 from kimia.model.paged import Graphs, PagedCache, PagedLM, Pages
 from kimia.model.prefix import Prefixes
 from tests.model.test_attention import documented_flash  # noqa: F401  # a fixture
-from tests.model.test_engine import PROMPT, WIDE, begun, ids, options, run
-from tests.model.tiny_lm import TOKENS, random_lm, random_row
+from tests.model.test_engine import PROMPT, begun, ids, options, run
+from tests.model.tiny_lm import TOKENS, WIDE, random_lm, random_row
 
 pytestmark = pytest.mark.parity
 

@@ -11,11 +11,10 @@ from kimia.model.generate import GenerateOptions
 from kimia.model.lm import DualTrackLM, Row
 from kimia.model.prefix import Prefix, Prefixes, content_of
 from kimia.model.turn_cache import TurnCache
-from tests.model.tiny_lm import CONFIG, TOKENS, random_lm, random_row
+from tests.model.tiny_lm import TOKENS, WIDE, random_lm, random_row
 
 pytestmark = pytest.mark.parity
 
-WIDE = dataclasses.replace(CONFIG, hidden_size=48, intermediate_size=64)
 BOTH, TEXT, SAY = {}, {"output_type": "text"}, {"forced_text": (7, 8, 9)}
 WHOLE = random_row(300, seed=5, segments=((3, 50), (100, 60), (210, 30)))  # a conversation as its last prompt has it
 FIRST, HISTORY = 180, 205  # positions of an earlier turn's prompt, and of the history with its answer

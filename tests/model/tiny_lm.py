@@ -1,5 +1,6 @@
 """A small random dual-track model, its plain formulation in float64 with explicit loops, and golden prompts."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -31,6 +32,7 @@ CONFIG = LMConfig(
     media_end=MEDIA_END,
     pad_token=PAD,
 )
+WIDE = dataclasses.replace(CONFIG, hidden_size=48, intermediate_size=64)  # as the engine asks for
 TOKENS = TrackTokens(
     blank=BLANK,
     text_eos=TEXT_EOS,

@@ -17,7 +17,7 @@ from kimia.runtime.fake import FakeDetokenizer, FakeLanguageModel, FakeTokenizer
 from kimia.runtime.health import Health, probe
 from kimia.runtime.service import StageService, checkpoint_name, consumer_name, in_thread, run_stage, serve
 from kimia.runtime.settings import Settings
-from kimia.stage import DETOKENIZER
+from kimia.stage import DETOKENIZER, LLM
 from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire
 from kimia.v1.stages_pb2 import SynthesizeRequest
@@ -225,6 +225,24 @@ async def test_a_stage_with_redis_joins_the_pipeline_and_leaves_it(tmp_path, val
         assert await task == 0
     usage = (await ledger.usage())["detokenizer"]
     assert (usage.capacity, usage.reserved) == (0, 0)
+    await wire.aclose()
+
+
+@pytest.mark.parametrize(("kind", "rows", "said"), [(LLM, 3, False), (LLM, 4, True), (DETOKENIZER, 4, False)])
+async def test_a_language_model_with_other_rows_than_its_neighbours_says_so(kind, rows, said, tmp_path, valkey_url):
+    wire = await Wire.connect(valkey_url)
+    ledger = Ledger(wire)
+    await ledger.announce(kind, "beside", 3, 0)
+    fake = {LLM: FakeLanguageModel, DETOKENIZER: FakeDetokenizer}[kind]
+    service = StageService(lambda _: fake(), kind, Settings(redis_url=valkey_url, rows=rows))
+    with structlog.testing.capture_logs() as logs:
+        async with living(service, tmp_path) as (task, signals, ready):
+            await until(ready)
+            signals.put_nowait("SIGTERM")
+            assert await task == 0
+    found = [entry for entry in logs if entry["event"] == "other workers have other KIMIA_ROWS"]
+    assert [(entry["rows"], entry["others"]) for entry in found] == [(4, [3])] * said
+    await ledger.withdraw(kind, "beside")
     await wire.aclose()
 
 

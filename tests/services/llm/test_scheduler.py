@@ -17,7 +17,7 @@ from kimia.model.philox import Track
 from kimia.model.prefix import Prefixes
 from kimia.runtime.metrics import PREFIX_BYTES
 from services.llm.scheduler import Answering, Scheduler
-from tests.model.tiny_lm import TOKENS, random_lm, random_row
+from tests.model.tiny_lm import TOKENS, WIDE, random_lm, random_row
 
 pytestmark = pytest.mark.unit
 
@@ -27,7 +27,7 @@ LONG = random_row(450, seed=12)
 
 @pytest.fixture(scope="module")
 def lm() -> DualTrackLM:
-    return random_lm(seed=3)
+    return random_lm(WIDE, seed=3)
 
 
 class Watched:
