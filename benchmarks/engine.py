@@ -1,19 +1,22 @@
 """The engine of the language model against its plain twin, in one process, steps of both in turns.
 
-    python -m benchmarks.engine [--model DIR] [--rows 1 4 16] [--steps 60]
+    python -m benchmarks.engine [--model DIR] [--rows 1 4 16] [--steps 60] [--memory-steps 200]
+        [--out JSON] [--plot SVG]
 
 Without --model a model of 230 M random parameters, made on the spot. Prints JSON: milliseconds per step at each number
-of rows beside those of the plain loop (one row), the ratio in tokens per second, what a step costs behind a long past,
-and what memory does over many steps. Everything that a step takes is in it: embedding, layers, heads, drawing, the
-rules of the tracks. One thread, in time that this thread computed (`time.thread_time`): on a shared machine the wall
+of rows beside those of the plain loop (one row), the ratio in tokens per second, what a step costs behind a long past
+beside the time that its keys and values take at the bandwidth measured here, and what memory does over many steps.
+Everything that a step takes is in it: embedding, layers, heads, drawing, the rules of the tracks. One thread, in time
+that this thread computed (`time.thread_time`): on a shared machine the wall
 clock measures the neighbours. Of each kind of step the first decile is reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +26,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine_chart import draw
 from kimia.model.config import LMConfig
 from kimia.model.engine import Answer, Engine
 from kimia.model.generate import GenerateOptions, TrackTokens, generate
 from kimia.model.lm import DualTrackLM, Row, load_lm
 from kimia.model.sampler import Sampling
+from kimia.model.turn_cache import TurnCache
 
 RANDOM = LMConfig(
     vocab_size=16000,
@@ -51,6 +56,7 @@ RANDOM = LMConfig(
 SAMPLING = Sampling.from_arguments(
     {"text_temperature": 0.7, "audio_temperature": 0.8, "audio_top_k": 10, "audio_repetition_penalty": 1.1}
 )
+LARGE = 1 << 28  # float32 numbers: more than any cache holds
 SHORT, LONG = 500, 6000  # positions before the steps whose costs are compared
 
 
@@ -82,6 +88,26 @@ def timed(work: Callable[[], object]) -> float:
 
 def decile(times: list[float]) -> float:
     return statistics.quantiles(times, n=10)[0]
+
+
+def bandwidth() -> float:
+    """GB per second that this thread reads from memory: sums of what no cache holds."""
+    large = torch.ones(LARGE)
+    return large.nbytes / decile([timed(large.sum) for _ in range(12)]) / 1e6
+
+
+def resident() -> float:
+    """Megabytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def held_by_tensors() -> float:
+    """Megabytes of all tensors that Python can reach, every storage once."""
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.device.type != "meta":
+            storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+    return sum(storages.values()) / 1e6
 
 
 class Bench:
@@ -134,37 +160,52 @@ class Bench:
             times[LONG].append(timed(long))
         config = self.lm.config
         per_position = 2 * 4 * config.kv_heads * config.head_dim * (config.layers + config.mimo_layers)
+        more = rows * per_position * (LONG - SHORT) / 1e6
+        speed = bandwidth()
         return {
             **{f"ms_behind_{length}": decile(found) for length, found in times.items()},
             "ratio": decile(times[LONG]) / decile(times[SHORT]),
-            "kv_megabytes_more": rows * per_position * (LONG - SHORT) / 1e6,
+            "kv_megabytes_more": more,
+            "ms_more": decile(times[LONG]) - decile(times[SHORT]),
+            "bandwidth_gb_per_s": speed,
+            "ms_of_the_bytes": more / speed,
         }
 
     def _behind(self, rows: int, length: int) -> Callable[[], object]:
         step, answers = self.engine(rows, prompt_of(2))
         for answer in answers:
-            cache = answer.cache
-            cache.reserve(length + 2 * self.steps)
-            cache.length = length
-            for seen in cache.next_position()[1]:
-                seen.fill_(0.01)
+            self._fill(answer, length + 2 * self.steps)
+            answer.cache.length = length
         return step
 
-    def memory(self, rows: int) -> dict[str, float]:
-        """Growth of the process from the first to the last of many steps within the room of the cache."""
+    @torch.inference_mode()
+    def _fill(self, answer: Answer, room: int) -> None:
+        """Noise up to the room, so that all of it is in memory."""
+        cache, length = answer.cache, answer.cache.length
+        assert isinstance(cache, TurnCache)
+        cache.reserve(room)
+        cache.length = room - 1
+        for seen in cache.next_position()[1]:
+            seen[:, :, length:].fill_(0.01)
+        cache.length = length
+
+    def memory(self, rows: int, steps: int) -> dict[str, list[float]]:
+        """Megabytes of process and tensors after tenths of many steps, within the room that the caches begin with."""
         step, answers = self.engine(rows, prompt_of(100))
         for answer in answers:
-            answer.cache.reserve(1024)
-        begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        room = sum(answer.cache.nbytes for answer in answers)
-        for _ in range(4 * self.steps):
+            self._fill(answer, answer.cache.length + steps + 1)
+        found: dict[str, list[float]] = {"steps": [], "resident_megabytes": [], "tensor_megabytes": []}
+        for number in range(steps + 1):
+            if number % max(1, steps // 10) == 0:
+                gc.collect()
+                found["steps"].append(number)
+                found["resident_megabytes"].append(resident())
+                found["tensor_megabytes"].append(held_by_tensors())
             step()
-        written = sum(answer.cache.nbytes for answer in answers) - room
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin
-        return {"steps": 4 * self.steps, "room_grown_megabytes": written / 1e6, "peak_grown_megabytes": grown / 1e3}
+        return found
 
 
-def report(bench: Bench, rows: list[int]) -> dict[str, Any]:
+def report(bench: Bench, rows: list[int], memory_steps: int) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in bench.lm.parameters())
     return {
         "parameters": parameters,
@@ -172,7 +213,7 @@ def report(bench: Bench, rows: list[int]) -> dict[str, Any]:
         "torch": torch.__version__,
         "decode": {str(number): bench.against_the_twin(number) for number in rows},
         "context": {str(number): bench.behind_a_long_past(number) for number in (rows[0], rows[-1])},
-        "memory": bench.memory(rows[-1]),
+        "memory": bench.memory(rows[-1], memory_steps),
     }
 
 
@@ -182,6 +223,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: random weights of 230 M parameters)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=60, help="timed steps of each kind")
+    parser.add_argument("--memory-steps", type=int, default=200, help="steps over which memory is watched")
+    parser.add_argument("--out", type=Path, help="write the JSON there, too")
+    parser.add_argument("--plot", type=Path, help="draw it as SVG or PNG")
     return parser.parse_args()
 
 
@@ -191,7 +235,12 @@ def main() -> None:
     torch.set_num_threads(1)
     dtype = torch.float32
     lm = random_lm(RANDOM) if args.model is None else load_lm(args.model, device="cpu", dtype=dtype)
-    print(json.dumps(report(Bench(lm, args.steps), args.rows), indent=1))
+    found = report(Bench(lm, args.steps), args.rows, args.memory_steps)
+    print(json.dumps(found, indent=1))
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot is not None:
+        draw(found, args.plot)
 
 
 if __name__ == "__main__":
