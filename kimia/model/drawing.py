@@ -60,6 +60,9 @@ class Draws:
         most = max((count for count in counts if count <= FEW), default=1)
         self._asked = min(most + 1, vocabulary)  # one more, to see whether its logit equals the last one's
         self._vocabulary = vocabulary
+        self._lengths: list[tuple[tuple[int, int, float], int]] = []  # of what was repeated at the last step
+        self._rows = np.empty(0, dtype=np.int64)
+        self._penalty = torch.empty(0)
         self._penalties = [
             (track, row, param.repetition_penalty)
             for track, rows in enumerate(params)
@@ -93,15 +96,19 @@ class Draws:
         if not found:
             return
         steps = of_track, of_row, of_id = logits.stride()
-        lengths = [len(ids) for _, ids in found]
-        places = np.concatenate([ids for _, ids in found]) * of_id
-        places += np.repeat([track * of_track + row * of_row for (track, row, _), _ in found], lengths)
+        lengths = [(each, len(ids)) for each, ids in found]
+        if self._lengths != lengths:
+            counts = [count for _, count in lengths]
+            rows = [track * of_track + row * of_row for (track, row, _), _ in lengths]
+            penalties = [penalty for (_, _, penalty), _ in lengths]
+            self._lengths, self._rows = lengths, np.repeat(rows, counts)
+            self._penalty = torch.from_numpy(np.repeat(penalties, counts)).to(logits)
+        places = np.concatenate([ids for _, ids in found]) * of_id + self._rows
         where = torch.from_numpy(places).to(logits.device)
         extent = 1 + sum((count - 1) * step for count, step in zip(logits.shape, steps, strict=True))
         flat = logits.as_strided((extent,), (1,))
         chosen = flat.index_select(0, where)
-        penalty = torch.from_numpy(np.repeat([penalty for (_, _, penalty), _ in found], lengths)).to(chosen)
-        flat.index_copy_(0, where, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
+        flat.index_copy_(0, where, torch.minimum(chosen * self._penalty, chosen / self._penalty))  # penalties exceed 1
 
     def _pick(self, values: list[float], ids: list[float], param: TrackSampling, number: float) -> int | None:
         """One row's id; None where these candidates do not decide it."""
