@@ -24,7 +24,7 @@ from kimia.model.lm import DualTrackLM
 
 PAGE = 256  # positions; flash-attn takes multiples of it
 NOBODY = 0  # the page of rows without a turn: written, never read by a turn
-FIRST_PAGES = 4  # per row; the pool doubles
+FIRST_PAGES = 1  # per row; the pool grows by half: while it moves, both lie in memory
 
 
 class Pages:
@@ -44,13 +44,13 @@ class Pages:
         return page
 
     def _grow(self) -> None:
-        """Twice the pages, elsewhere."""
-        count = self.store.shape[2]
-        slots, two, _, *page = self.store.shape
-        larger = self.store.new_zeros(slots, two, 2 * count, *page)
+        """Half as many pages more, elsewhere."""
+        slots, two, count, *page = self.store.shape
+        more = max(1, count // 2)
+        larger = self.store.new_zeros(slots, two, count + more, *page)
         larger[:, :, :count] = self.store
         self.store = larger
-        self.free.extend(range(2 * count - 1, count - 1, -1))
+        self.free.extend(range(count + more - 1, count - 1, -1))
 
 
 class PagedCache:
