@@ -86,7 +86,7 @@ class Records:
     async def begin(self, session_id: str, caller: Caller, *, one_off: bool = False, unheard: bool = False) -> Seen:
         """A session of this tenant, maybe a new one. Raises NotFoundError for another's, or a deleted one.
 
-        `unheard`: its id was drawn just now, so it is written without a look.
+        `unheard`: its id is that of one request, so it is written without a look.
         """
         if not unheard:
             try:

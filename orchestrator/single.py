@@ -86,9 +86,8 @@ def route_of_request(request: GenerateRequest) -> tuple[StageKind, ...]:
 
 async def _started(turns: Turns, ask: Ask) -> Turn | str:
     """The turn that answers the request: a new one, or the one that its idempotency key has started."""
-    unheard = ask.one_off and not ask.request.idempotency_key
     try:
-        begun = await turns.records.begin(ask.session_id, ask.caller, one_off=ask.one_off, unheard=unheard)
+        begun = await turns.records.begin(ask.session_id, ask.caller, one_off=ask.one_off, unheard=ask.one_off)
     except NotFoundError:
         if not ask.one_off:
             raise

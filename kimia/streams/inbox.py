@@ -191,19 +191,30 @@ class Feed:
         bell = _Bell(log)
         self._waiting.add(bell)
         try:
+            ended = False
             while True:
                 looked = bell.answer()
-                ended = looked and (await self._head()).over  # before the read: nothing follows the end
-                for chunk in await self._within_reach(self._inbox.read(self.turn_id, log, start)):
+                found, over = await self._read(log, start, look=looked and not ended)
+                for chunk in found:
                     yield chunk
                     start = chunk.index + 1
                     if chunk.final:
                         return
                 if ended:
                     return
-                await bell.wait(self._inbox.look)
+                ended = over  # nothing follows the end, but something may have come just before it: read once more
+                if not ended:
+                    await bell.wait(self._inbox.look)
         finally:
             self._waiting.discard(bell)
+
+    async def _read(self, log: Log, start: int, *, look: bool) -> tuple[list[Chunk], bool]:
+        """What is new in a log and, looked at in the same round trip, whether the turn is over."""
+        reading = self._within_reach(self._inbox.read(self.turn_id, log, start))
+        if not look:
+            return await reading, False
+        head, found = await asyncio.gather(self._head(), reading)
+        return found, head.over
 
     async def _head(self) -> Head:
         return await self._within_reach(self._looked_at())
