@@ -74,6 +74,36 @@ async def test_what_was_written_before_is_read_too(inbox, writer):
         assert await indices(feed, start=2) == [2]
 
 
+async def test_the_first_look_at_a_turn_is_one_round_trip(inbox, writer, monkeypatch):
+    turn = await writer.begin()
+    await writer.publish(turn, 0)
+    trips, plain = [], inbox._look_up_once
+
+    async def noted(requests):
+        trips.append([log for _, log, _ in requests])
+        return await plain(requests)
+
+    monkeypatch.setattr(inbox, "_look_up_once", noted)
+    with inbox.feed(turn) as feed:
+        assert (await anext(feed.chunks("tokens"))).index == 0
+    assert trips == [[None, "tokens"]]  # its head first: nothing follows the end
+
+
+async def test_what_came_just_before_the_end_is_read(inbox, writer, monkeypatch):
+    turn = await writer.begin()
+    plain = inbox.head
+
+    async def late(turn_id):
+        await asyncio.sleep(0.05)  # the log has been read
+        await writer.publish(turn, 0)
+        await writer.journal.cancel(turn)
+        return await plain(turn_id)
+
+    monkeypatch.setattr(inbox, "head", late)
+    with inbox.feed(turn) as feed:
+        assert [chunk.index async for chunk in feed.chunks("tokens")] == [0]
+
+
 async def test_chunks_come_as_they_are_written(inbox, writer):
     turn = await writer.begin()
     with inbox.feed(turn) as feed:
