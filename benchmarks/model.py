@@ -1,10 +1,11 @@
 """What each stage of a spoken turn costs: measured on any checkpoint and device, and computed for the 7B.
 
-    python -m benchmarks.model DIR [--device cpu] [--dtype float32] [--bandwidth 3350] [--peak 990] [--threads 1]
+    python -m benchmarks.model [DIR] [--device cpu] [--dtype float32] [--bandwidth 3350] [--peak 990] [--threads 1]
 
-prints JSON. `measured` holds medians in milliseconds and the shares of one turn (a question of --question seconds,
-an answer of --answer seconds); `model_7b` the arithmetic of kimia.model.cost at the released dimensions in bfloat16,
-each with its floor: the time below which no program can do it on a device of the given bandwidth and peak.
+prints JSON. `measured` (of a checkpoint folder DIR) holds medians in milliseconds and the shares of one turn (a
+question of --question seconds, an answer of --answer seconds); `model_7b` the arithmetic of kimia.model.cost at the
+released dimensions in bfloat16, each with its floor: the time below which no program can do it on a device of the
+given bandwidth and peak.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 from kimia.model import cost
 from kimia.model.checkpoint_presets import PRESETS as CHECKPOINTS
 from kimia.model.consistency import ModelConfigs
-from kimia.model.cost import Cost, Device, FlowChunk
+from kimia.model.cost import Cost, Device
 from kimia.model.detokenize import UPSAMPLE
 from kimia.model.dit import Prefix
-from kimia.model.flow import commit, solve, time_grid
+from kimia.model.flow import commit, solve
 from kimia.model.generate import GenerateOptions, TrackTokens, generate
 from kimia.model.lm import Row
 from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset
@@ -128,7 +129,7 @@ def _detokenizer(model: KimiAudio, preset: Preset, repeats: int) -> dict[str, fl
     assert model.detokenizer is not None
     dit, vocoder = model.detokenizer.dit, model.detokenizer.vocoder
     frames, committed = _steady_frames(preset)
-    config, grid = dit.config, time_grid(preset.ode_points, preset.solver)
+    config, grid = dit.config, preset.grid
     shape = (config.depth, 1, config.heads, preset.kv_window, config.head_dim)
     prefix = Prefix(*(torch.randn(shape, device=dit.device).to(dit.dtype) for _ in range(2)))
     tokens = torch.arange(frames // UPSAMPLE)[None] % config.audio_codes
@@ -210,12 +211,10 @@ def _detokenizer_loads(configs: ModelConfigs) -> dict[str, Cost]:
         ("as released", UPSTREAM, 1),
         ("modulation per token", UPSTREAM, UPSAMPLE),
         ("low-latency preset", LOW_LATENCY, UPSAMPLE),
+        ("low-latency preset in 10 steps", replace(LOW_LATENCY, ode_points=11), UPSAMPLE),
     ):
-        frames, committed = _steady_frames(preset)
-        evaluations = len(time_grid(preset.ode_points, preset.solver).indices)
-        chunk = FlowChunk(frames, committed, evaluations, preset.kv_window, repeat)
-        per_chunk = cost.flow_chunk(configs.flow, chunk, BFLOAT16_BYTES)
-        loads[f"flow per second of audio, {name}"] = per_chunk * (frames_per_second / committed)
+        per_second = cost.flow_second(configs.flow, preset, BFLOAT16_BYTES, repeat)
+        loads[f"flow per second of audio, {name}"] = per_second
     return loads
 
 
@@ -233,7 +232,7 @@ def _row(load: Cost, device: Device) -> dict[str, float]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Times and costs of every stage of a spoken turn, as JSON.")
-    parser.add_argument("model", help="checkpoint folder")
+    parser.add_argument("model", nargs="?", help="checkpoint folder; without it only the arithmetic is printed")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--bandwidth", type=float, default=3350.0, metavar="GB/s", help="for floors (default H100 SXM)")
@@ -253,16 +252,18 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = Device(args.peak * 1e12, args.bandwidth * 1e9)
     turn = Turn(args.question, args.answer, UPSTREAM if args.preset == "upstream" else LOW_LATENCY)
-    model = KimiAudio(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    report = {
-        "model": args.model,
-        "device": args.device,
-        "dtype": args.dtype,
-        "threads": torch.get_num_threads(),
-        "preset": args.preset,
-        "measured": measure(model, turn, args.repeats),
-        "model_7b": model_7b(device, turn),
-    }
+    report: dict[str, Any] = {"model_7b": model_7b(device, turn)}
+    if args.model:
+        model = KimiAudio(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+        report = {
+            "model": args.model,
+            "device": args.device,
+            "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
+            "preset": args.preset,
+            "measured": measure(model, turn, args.repeats),
+            **report,
+        }
     print(json.dumps(report, indent=1))
 
 

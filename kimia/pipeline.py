@@ -37,7 +37,8 @@ from kimia.model.encode import AudioEncoder
 from kimia.model.generate import GenerateOptions, Result, Step, StopReason, TrackTokens, collect, generate
 from kimia.model.lm import Row, load_lm
 from kimia.model.philox import SEED_LIMIT, check_seed
-from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset, find_preset
+from kimia.model.preset_file import PRESET_SUFFIX, PresetFile, files_of
+from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset, find_preset, preset_of
 from kimia.model.prompt import UPSTREAM_STEPS, Encoded, Prompt, build_prompt, steps_allowed
 from kimia.model.sampler import Sampling
 from kimia.model.text import StreamDecoder, TextTokenizer
@@ -58,7 +59,7 @@ class Options(TypedDict, total=False):
     audio_repetition_window_size: int
     max_new_tokens: int | None  # steps of the answer, 12.5 per second of speech; -1 or None: no limit of the caller's
     seed: int | None  # repeats the turn exactly; drawn when None
-    preset: str  # "upstream" or "low-latency": chunk schedule, cross-fade and budget
+    preset: str  # "upstream", "low-latency", one of the checkpoint's or a file: chunk schedule, cross-fade and budget
 
 
 # ---- what a turn yields -----------------------------------------------------------------------------------------
@@ -209,6 +210,8 @@ class KimiAudio:
         self.dtype = choose_dtype(dtype, self.device)
         speaks = load_detokenizer and not text_only
         checkpoint = open_checkpoint(model_path, vq_tokenizer, detokenizer=speaks)
+        own = (PresetFile.read(path) for path in files_of(checkpoint.root))
+        self.presets = {file.schedule.name: preset_of(file) for file in own}  # of the checkpoint itself
         self.config: LMConfig = read_configs(checkpoint, detokenizer=speaks).lm
         self.tokenizer = TextTokenizer.load(checkpoint.root, self.config)
         self.encoder = AudioEncoder.load(checkpoint, self.config.adaptor_input_dim, self.device, self.dtype)
@@ -265,7 +268,7 @@ class KimiAudio:
         check_output_type(output_type)
         if output_type == "both" and self.lm.text_only:
             raise ParameterError("the model was loaded for text only; load it without text_only to get speech")
-        preset, seed, limit, sampling = _read(options)
+        preset, seed, limit, sampling = _read(options, self.presets)
         messages = () if say is not None and not chats else parse_conversation(chats, self.config)
         waves = load_clips(messages, self.encoder.sample_rate)
         blank = self._prompt(messages, blank_clips(waves, self.encoder.samples_per_position), output_type)
@@ -435,10 +438,17 @@ def _message_at(prompt: Prompt, position: int) -> int | None:
     return next((span.message for span in prompt.spans if span.begin + span.length > position), None)
 
 
-def _read(options: Options) -> tuple[Preset, int, int | None, Sampling]:
+def _preset(name: str, own: Mapping[str, Preset]) -> Preset:
+    """A preset by its name, or that of a file."""
+    if name in own:
+        return own[name]
+    return preset_of(PresetFile.read(Path(name))) if name.endswith(PRESET_SUFFIX) else find_preset(name)
+
+
+def _read(options: Options, own: Mapping[str, Preset]) -> tuple[Preset, int, int | None, Sampling]:
     """Preset, seed, limit and sampling of a turn; unknown names are refused with the list of the known ones."""
     rest: dict[str, Any] = dict(options)
-    preset = find_preset(rest.pop("preset", UPSTREAM.name))
+    preset = _preset(rest.pop("preset", UPSTREAM.name), own)
     seed, limit = (_integer(name, rest.pop(name, None)) for name in ("seed", "max_new_tokens"))
     sampling = Sampling.from_arguments(rest)
     return preset, secrets.randbelow(SEED_LIMIT) if seed is None else check_seed(seed), limit, sampling

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from kimia.errors import KimiaError, NotFoundError, StateError
 from kimia.model.philox import SEED_LIMIT
-from kimia.model.schedule import DEFAULT
+from kimia.model.schedule import default_name
 from kimia.runtime.logs import get_logger
 from kimia.stage import LLM, TOKENIZER
 from kimia.streams import keys
@@ -74,7 +74,7 @@ def filled_options(options: TurnOptions) -> TurnOptions:
     filled = TurnOptions()
     filled.CopyFrom(options)
     filled.output_type = options.output_type or OUTPUT_TYPE_BOTH
-    filled.preset = options.preset or DEFAULT
+    filled.preset = options.preset or default_name()
     filled.output_format.CopyFrom(output_format(options.output_format))
     return filled
 

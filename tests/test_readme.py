@@ -43,7 +43,7 @@ def test_links_exist() -> None:
 
 
 def test_commands_exist() -> None:
-    shown = set(re.findall(r"(?:`|^    )kimia ([a-z]+)", README, flags=re.MULTILINE))
+    shown = set(re.findall(r"(?:`|^    )kimia ([a-z-]+)", README, flags=re.MULTILINE))
     assert shown == set(COMMANDS)
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "checkpoint": "create, inspect or convert a model folder",
     "plan": "how many GPUs so many calls need, with the arithmetic",
     "triton": "write a model repository, so that Triton hosts the encoders and the vocoder",
+    "calibrate-flow": "find the cheapest way to synthesise that still sounds alike, on your weights and audio",
     "verify": "compare this installation with golden data",
 }
 
@@ -82,7 +83,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in arguments[:1]:  # only the called command's module (and what it needs) is imported
-            module = importlib.import_module(f"kimia.cli.{name}")
+            module = importlib.import_module(f"kimia.cli.{name.replace('-', '_')}")
             module.configure(command)
             command.set_defaults(run=module.run)
     return parser.parse_args(arguments)

@@ -47,9 +47,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument(
         "--preset",
-        choices=("upstream", "low-latency"),
         default="upstream",
-        help="chunk schedule, cross-fade and length limit: as released (default), or made for short waiting",
+        metavar="NAME|FILE",
+        help="chunk schedule, cross-fade and length limit: upstream, as released (default), low-latency, made for "
+        "short waiting, or one that `kimia calibrate-flow` wrote",
     )
     add_model(parser)
     add_sampling(parser)

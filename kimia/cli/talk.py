@@ -43,9 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     group.add_argument(
         "--preset",
-        choices=("low-latency", "upstream"),
-        default="low-latency",
-        help="chunk schedule: made for short waiting (default), or as released",
+        default="",
+        metavar="NAME",
+        help="chunk schedule: low-latency, upstream, or one that the service was started with (default: the service's)",
     )
     add_server(parser)
     add_sampling(parser)

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import kimia
 from kimia.cli.arguments import add_model, model_location
 from kimia.cli.supervise import Console, Part, Supervisor
 from kimia.errors import ParameterError, UnavailableError
+from kimia.model.preset_file import PRESET_SUFFIX, PresetFile, files_of
+from kimia.model.schedule import SCHEDULES
 
 STAGES = ("tokenizer", "llm", "detokenizer")
 HOST = "127.0.0.1"
@@ -45,6 +47,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST}, this machine only)")
     group.add_argument("--port", type=int, default=50051, help="port of the service (default: 50051; 0: any free one)")
+    group.add_argument(
+        "--preset",
+        default=os.environ.get("KIMIA_PRESET", ""),
+        metavar="NAME|FILE",
+        help="preset of turns that name none: low-latency (default), upstream, one of the model's or that of a file",
+    )
     group.add_argument("--redis", metavar="URL", help="use this Redis or Valkey instead of an embedded one")
     group.add_argument("--data", type=Path, metavar="DIR", help="folder where the embedded store keeps its data")
     group.add_argument(
@@ -58,10 +66,11 @@ def run(args: argparse.Namespace) -> int:
     replicas = read_replicas(args.replicas)
     if not args.fake:
         check_model(model_location(args))
+    presets = known_presets(args)
     check_port(args.host, args.port)
     args.port = args.port or free_port()  # chosen here: a process that starts again must come back to the same
     with store(args.redis, args.data) as (redis_url, store_part), scratch() as ready:
-        plan = Plan(args, root, redis_url, ready)
+        plan = Plan(args, root, redis_url, ready, presets)
         parts = [[store_part] if store_part else [], plan.stages(replicas), [plan.orchestrator()]]
         return asyncio.run(_supervise(args, plan, parts))
 
@@ -103,6 +112,7 @@ class Plan:
     root: Path
     redis_url: str
     ready: Path  # folder of the files that say who is ready
+    presets: Sequence[str] = ()  # files
 
     def stages(self, replicas: Mapping[str, int]) -> list[Part]:
         """The stages' processes."""
@@ -141,6 +151,8 @@ class Plan:
             "KIMIA_VQ_TOKENIZER": _absolute(self.args.vq_tokenizer) if self.args.vq_tokenizer else "",
             "KIMIA_DEVICE": self.args.device or "",
             "KIMIA_DTYPE": self.args.dtype or "",
+            "KIMIA_PRESETS": ",".join(self.presets),
+            "KIMIA_PRESET": self.args.preset,
             "PYTHONUNBUFFERED": "1",
         }
         defaults = {"KIMIA_LOG_FORMAT": "text", "KIMIA_LOG_LEVEL": "warning" if self.args.command else "info"}
@@ -192,6 +204,23 @@ def check_model(location: str) -> None:
         raise ParameterError(
             f"{location}: is no folder; to try things out: kimia checkpoint new --preset tiny {location}"
         )
+
+
+def known_presets(args: argparse.Namespace) -> list[str]:
+    """The preset files that every process gets: the environment's, the model's, and that of --preset, which from then
+    on is its name. Raises ParameterError.
+    """
+    files = [Path(file) for file in os.environ.get("KIMIA_PRESETS", "").split(",") if file]
+    files += [] if args.fake else files_of(Path(args.model))
+    if args.preset.endswith(PRESET_SUFFIX):
+        files.append(Path(args.preset))
+        args.preset = PresetFile.read(files[-1]).schedule.name
+    names = [*SCHEDULES, *(PresetFile.read(file).schedule.name for file in files)]
+    if args.preset and args.preset not in names:
+        raise ParameterError(
+            f"--preset must be one of {', '.join(dict.fromkeys(names))} or a file, got {args.preset!r}"
+        )
+    return list(dict.fromkeys(str(file.resolve()) for file in files))
 
 
 def check_port(host: str, port: int) -> None:

@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
     audio_repetition_window_size: int
     max_new_tokens: int | None  # steps of the answer, 12.5 per second of speech; -1 or None: no limit of the caller's
     seed: int | None  # repeats the turn exactly; drawn by the service when None
-    preset: str  # "low-latency" (default) or "upstream"
+    preset: str  # "low-latency" (default), "upstream", or one of the service's own
     output_rate: int  # Hz of the speech: 8000, 16000, 24000 (default) or 48000
     output_encoding: str  # "s16le" (default), "f32le", "mulaw" or "alaw"
 

@@ -15,6 +15,9 @@ from kimia.model import layout
 from kimia.model.config import ENCODER_STRIDE, EncoderConfig, FlowConfig, LMConfig, VocoderConfig, VQConfig
 from kimia.model.consistency import ModelConfigs
 from kimia.model.detokenize import UPSAMPLE
+from kimia.model.presets import Preset
+
+CODE_SECONDS = 0.08  # of audio that a semantic token becomes
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,18 @@ def flow_chunk(config: FlowConfig, chunk: FlowChunk, bytes_per_value: int) -> Co
     weights = layout.parameters(layout.flow(config)) - (config.audio_codes + 1) * width  # table rows are looked up
     cache = 2 * width * config.depth * chunk.prefix
     return Cost(2 * passes * (config.depth * per_frame + ends), runs * (weights + cache) * bytes_per_value)
+
+
+def flow_second(
+    config: FlowConfig, preset: Preset, bytes_per_value: int, frames_per_modulation: int = UPSAMPLE
+) -> Cost:
+    """A second of audio in the steady state: the last size of chunk, behind a full window."""
+    committed = preset.commits[-1]
+    solved = committed + preset.look_ahead
+    chunk = FlowChunk(
+        solved * UPSAMPLE, committed * UPSAMPLE, len(preset.grid.sizes), preset.kv_window, frames_per_modulation
+    )
+    return flow_chunk(config, chunk, bytes_per_value) * (1 / (committed * CODE_SECONDS))
 
 
 def vocoder_chunk(config: VocoderConfig, frames: int, bytes_per_value: int) -> Cost:

@@ -27,7 +27,6 @@ from kimia.model.checkpoint import Checkpoint
 from kimia.model.chunking import Push, pushes
 from kimia.model.crossfade import Tail, rendered_mel
 from kimia.model.dit import Chunk, DiT, Prefix, load_dit
-from kimia.model.flow import time_grid
 from kimia.model.flow_cache import FlowCache
 from kimia.model.flow_engine import FlowEngine, Solving
 from kimia.model.presets import Preset
@@ -172,7 +171,7 @@ class Synthesis:
         self.preset = preset
         self.report: Report | None = None
         self._noise = noise
-        self._grid = time_grid(preset.ode_points, preset.solver)
+        self._grid = preset.grid
         self._begun: Begun | None = None
         self._silence = _Prompt(detokenizer.dit.empty_prefix(), 0)
         self._state = _State(heard=self._behind(self._silence), prompt=self._silence)
@@ -216,6 +215,11 @@ class Synthesis:
         solving = self._solving(ids, kept, heard, final) if ids else None
         self._begun = Begun(state, heard, solving, left=ids[kept:], tokens=len(ids), final=final)
         return self._begun
+
+    def rendered_frames(self, begun: Begun) -> int:
+        """Mel frames of `rendered`."""
+        tail = begun.state.tail
+        return len(self._solved(begun)) + (0 if tail is None else len(tail.mel))
 
     @torch.inference_mode()
     def rendered(self, begun: Begun) -> Tensor:

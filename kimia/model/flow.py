@@ -6,6 +6,7 @@ become index 499 (15 points), and N points mean N - 1 steps for the default solv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kimia.errors import ParameterError
 from kimia.model.dit import Chunk, DiT
+from kimia.model.preset_file import check_times
 
 NEURAL_ODE_EULER = "neural_ode_euler"  # Euler over N grid points: N - 1 evaluations, none at t = 1
 NAIVE_EULER = "naive_euler"  # constant step at all N grid points, t = 1 included
@@ -42,9 +44,15 @@ def time_grid(points: int, solver: str = NEURAL_ODE_EULER) -> TimeGrid:
     return _between(grid) if solver == NEURAL_ODE_EULER else _constant(grid)
 
 
+def placed_grid(times: Sequence[float]) -> TimeGrid:
+    """The grid of these time points, which rise from 0 to 1. Raises ParameterError."""
+    check_times(times)
+    return _between(torch.tensor(times, dtype=torch.float32))
+
+
 def _between(grid: Tensor) -> TimeGrid:
     # The release adds up its steps; neighbouring points differ by less than a factor of two (or start at 0), so their
-    # difference is exact in float32 and the sum is the grid point itself.
+    # difference is exact in float32 and the sum is the grid point itself. (Other grids are not compared with it.)
     return TimeGrid(tuple(int(time * TIME_SCALE) for time in grid[:-1]), tuple(grid.diff().tolist()))
 
 

@@ -48,12 +48,25 @@ LOW_LATENCY = Schedule("low-latency", commits=(6, 12, 24, 37), look_ahead=4, wai
 # Pushes of 30 tokens, as in the release. Its seam holds back half of what it has: 9 tokens and 21, in turn.
 UPSTREAM = Schedule("upstream", commits=(18, 30), look_ahead=12, waits_for_next=True, held=(9, 21))
 
+# What turns may ask for; the first is for those that name none. Files add to it (`kimia.model.preset_file`).
 SCHEDULES = {schedule.name: schedule for schedule in (LOW_LATENCY, UPSTREAM)}
-DEFAULT = LOW_LATENCY.name  # for a turn that names no preset
+
+
+def default_name() -> str:
+    """The preset of a turn that names none."""
+    return next(iter(SCHEDULES))
 
 
 def find_schedule(name: str) -> Schedule:
     """The schedule of a preset by its name; the default for an empty one. Raises ParameterError with all names."""
-    if (name or DEFAULT) not in SCHEDULES:
+    if (name or default_name()) not in SCHEDULES:
         raise ParameterError(f"preset must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    return SCHEDULES[name or DEFAULT]
+    return SCHEDULES[name or default_name()]
+
+
+def prefer_schedule(name: str) -> None:
+    """Make it the default. For the start of a process. Raises ParameterError for an unknown name."""
+    first = find_schedule(name)
+    others = {other: schedule for other, schedule in SCHEDULES.items() if other != name}
+    SCHEDULES.clear()
+    SCHEDULES.update({name: first, **others})

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 import grpc.aio
 
 from kimia.errors import KimiaError, UnavailableError
+from kimia.model.preset_file import adopt
 from kimia.runtime import direct
 from kimia.runtime.health import Health
 from kimia.runtime.logs import configure, get_logger
@@ -95,6 +96,7 @@ def run_service(make: Callable[[Settings], Service], name: str, settings: Settin
     """A service as a process, until SIGTERM or SIGINT. Returns the exit code."""
     try:
         found = settings or read_settings()
+        adopt(filter(None, found.presets.split(",")), found.preset)
     except KimiaError as error:
         configure(Settings.model_construct(), name)
         log.error("not started", error=str(error))

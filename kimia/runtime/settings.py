@@ -67,6 +67,12 @@ class Settings(BaseSettings):
         pattern=r"^(triton://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})?$",
         description="`triton://host:port`: a Triton server computes encoders and vocoder. Empty: the process does",
     )
+    presets: str = Field(
+        "",
+        description="Preset files (`kimia calibrate-flow`), separated by commas, which turns may then name; "
+        "the same in every process",
+    )
+    preset: str = Field("", description="Preset of turns that name none. Empty: `low-latency`")
     rows: int = Field(4, ge=1, description="Turns that a stage computes at once. The same for all llm workers")
     prefix_bytes: int = Field(
         -1,

@@ -237,7 +237,7 @@ class TurnOptions(_message.Message):
     seed: _builtins.int
     """Repeats a turn exactly. Default: drawn, and told in TurnStarted."""
     preset: _builtins.str
-    """Chunk schedule: "low-latency" (default) or "upstream"."""
+    """Chunk schedule: "low-latency" (default), "upstream", or a preset of the service's own."""
     @_builtins.property
     def text(self) -> Global___TrackSampling:
         """How the text track is drawn. Default: greedy."""

@@ -30,7 +30,7 @@ class Rendering:
     synthesis: Synthesis
     begun: Begun
     due: float  # of the monotonic clock
-    mel: Tensor  # (F, M) to be rendered
+    frames: int  # of its mel
     heard: asyncio.Future[tuple[Tensor, float]]  # samples, and its share of the seconds computed
 
 
@@ -49,7 +49,7 @@ class Renderer:
     async def render(self, synthesis: Synthesis, begun: Begun, due: float) -> tuple[Tensor, float]:
         """As Synthesis.finish: samples, and the seconds computed for them."""
         loop = asyncio.get_running_loop()
-        rendering = Rendering(synthesis, begun, due, synthesis.rendered(begun), loop.create_future())
+        rendering = Rendering(synthesis, begun, due, synthesis.rendered_frames(begun), loop.create_future())
         with self._lock:
             self._waiting.append(rendering)
         try:
@@ -79,7 +79,7 @@ class Renderer:
 
     def _sound(self, together: Sequence[Rendering]) -> list[Tensor | Exception]:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            mels = torch.stack([rendering.mel for rendering in together]).transpose(1, 2)  # (B, M, F)
+            mels = torch.stack([one.synthesis.rendered(one.begun) for one in together]).transpose(1, 2)  # (B, M, F)
             waves = self.detokenizer.vocoder(mels) if mels.shape[2] else [None] * len(together)
             samples = [_finished(rendering, wave) for rendering, wave in zip(together, waves, strict=True)]
         if self._stream:
@@ -90,7 +90,7 @@ class Renderer:
 def most_urgent_alike(waiting: Sequence[Rendering], most: int) -> list[Rendering]:
     """Who is due first, and those of the same length behind it."""
     in_order = sorted(waiting, key=lambda rendering: rendering.due)
-    return [rendering for rendering in in_order if len(rendering.mel) == len(in_order[0].mel)][:most]
+    return [rendering for rendering in in_order if rendering.frames == in_order[0].frames][:most]
 
 
 def _finished(rendering: Rendering, wave: Tensor | None) -> Tensor | Exception:

@@ -19,7 +19,7 @@ from kimia.errors import ParameterError
 from kimia.model.chunking import ChunkPlanner, Push
 from kimia.model.detokenize import Detokenizer, Synthesis
 from kimia.model.dit import load_dit
-from kimia.model.presets import LOW_LATENCY, find_preset
+from kimia.model.presets import find_preset
 from kimia.runtime.settings import Settings
 from kimia.runtime.triton import TritonHost
 from kimia.sound import to_s16
@@ -142,7 +142,7 @@ class Codes:
     """The codes of a turn as they arrive, cut into the pushes of its preset."""
 
     def __init__(self, preset: str, legal: int) -> None:
-        self.preset = find_preset(preset or LOW_LATENCY.name)
+        self.preset = find_preset(preset)
         self.count = 0
         self._legal = legal
         self._planner = ChunkPlanner(self.preset)

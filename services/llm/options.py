@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kimia.errors import ParameterError
 from kimia.model.conversation import OutputType
 from kimia.model.philox import check_seed
-from kimia.model.presets import LOW_LATENCY, Preset, find_preset
+from kimia.model.presets import Preset, find_preset
 from kimia.model.sampler import ARGUMENT_NAMES, Sampling
 from kimia.model.text import TextTokenizer
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, OUTPUT_TYPE_TEXT, OUTPUT_TYPE_UNSPECIFIED, TurnOptions
@@ -39,7 +39,7 @@ def read_options(turn: Turn, tokenizer: TextTokenizer) -> AnswerOptions:
         raise ParameterError(f"output_type must be TEXT or BOTH, got {options.output_type}")
     return AnswerOptions(
         output_type=OUTPUT_TYPES[options.output_type],
-        preset=find_preset(options.preset or LOW_LATENCY.name),
+        preset=find_preset(options.preset),
         limit=_limit(options),
         sampling=read_sampling(options),
         seed=check_seed(turn.seed),

@@ -37,7 +37,7 @@ def test_the_answer_and_its_times(scripted, sound, tmp_path, capsys) -> None:
         assert file.getnframes() == 20
     request = scripted.requests[0]
     assert [message.WhichOneof("content") for message in request.messages] == ["text", "audio"]
-    assert (request.session_id, request.options.seed, request.options.preset) == ("monday", 7, "low-latency")
+    assert (request.session_id, request.options.seed, request.options.preset) == ("monday", 7, "")
 
 
 def test_json(scripted, sound, capsys) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kimia.errors import ParameterError
 from kimia.model.chunking import ChunkPlanner
-from kimia.model.schedule import DEFAULT, LOW_LATENCY, SCHEDULES, UPSTREAM, find_schedule
+from kimia.model.schedule import LOW_LATENCY, SCHEDULES, UPSTREAM, default_name, find_schedule
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,7 @@ def test_speech_grows_with_the_very_code_that_completes_a_push(schedule):
 
 def test_schedules_are_found_by_name():
     assert find_schedule("upstream") is UPSTREAM
-    assert find_schedule("") is SCHEDULES[DEFAULT]
+    assert find_schedule("") is SCHEDULES[default_name()] is LOW_LATENCY
     with pytest.raises(ParameterError, match="low-latency, upstream"):
         find_schedule("fast")
 

@@ -7,15 +7,19 @@ import pytest
 
 from kimia.errors import ParameterError, StateError
 from kimia.model.detokenize import Synthesis
-from kimia.model.presets import PRESETS
+from kimia.model.preset_file import adopt
+from kimia.model.presets import PRESETS, find_preset
 from kimia.runtime.settings import Settings
 from kimia.sound import to_s16
 from kimia.v1.turn_pb2 import Chunk, Step
 from services.detokenizer.stage import DetokenizerStage
 from tests.golden_data import golden
+from tests.model.preset_files import forgetful, written
 from tests.services.turns import ran, replayed, turn
 
 pytestmark = pytest.mark.parity
+
+__all__ = ["forgetful"]
 
 CODES = [7 * index % 50 for index in range(75)]
 
@@ -57,6 +61,16 @@ async def test_all_codes_become_speech(stage: DetokenizerStage, preset: str) -> 
     assert all(chunk.speech.pcm for chunk in chunks)
     assert chunks[-1].report.units == len(CODES)
     assert chunks[-1].report.compute_seconds > 0
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_a_preset_of_a_file_is_spoken_and_taken_over(stage: DetokenizerStage, tmp_path) -> None:
+    adopt([written(tmp_path)], "calm")
+    chunks = await ran(stage, speech(preset=""), steps(CODES[:40]))
+    whole = stage.detokenizer.synthesize(CODES[:40], find_preset("calm"), seed=1).numpy()
+    assert b"".join(chunk.speech.pcm for chunk in chunks) == to_s16(whole).tobytes()
+    rest = await ran(stage, speech(preset="calm"), steps(CODES[:40]), chunks[:2])
+    assert without_time(rest) == without_time(chunks)[2:]
 
 
 async def test_the_first_chunk_leaves_with_the_code_that_completes_it(stage: DetokenizerStage) -> None:
