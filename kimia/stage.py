@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from kimia.v1.turn_pb2 import (
     STAGE_NAME_DETOKENIZER,
@@ -68,3 +68,11 @@ class Stage(Protocol):
         what an interrupted run of this turn has already given out: the first chunk yielded has index
         `len(published)`. Closing the generator ends the turn within one step or chunk. Raises KimiaError.
         """
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A stage that keeps something of a conversation for its next turn. It may lose it at any time."""
+
+    def forget(self, session_id: str) -> None:
+        """The session was deleted: nothing of it is kept."""

@@ -38,6 +38,7 @@ class TurnCopy:
     input: list[Chunk] = field(default_factory=list)
     submitted: bool = False
     cancelled: bool = False
+    worker: str = ""  # of the llm, that should have the conversation in its cache
 
     @property
     def turn_id(self) -> str:
@@ -213,6 +214,6 @@ class Copies:
                 some = missing[start : start + APPENDED_AT_ONCE]
                 await self._journal.append_input(copy.turn_id, copy.token, some)
             if copy.submitted:
-                await self._journal.submit(copy.turn, copy.token)
+                await self._journal.submit(copy.turn, copy.token, copy.worker)
         if copy.cancelled:
             await self._journal.cancel(copy.turn_id)

@@ -236,6 +236,7 @@ class Turns:
                 record.starting.ClearField("messages")
                 if wanted.key:
                     record.turn_of_key[wanted.key] = opened.turn_id
+            opened.worker = record.llm_worker
             return starting(record)
 
         turn = await self.records.change(session_id, claim, seen)
@@ -246,7 +247,7 @@ class Turns:
     async def _submit(self, turn: Turn, opened: TurnCopy, last: Sequence[Chunk]) -> None:
         try:
             await self.append(opened, last)
-            await self._written(opened, lambda: self.journal.submit(turn, opened.token))
+            await self._written(opened, lambda: self.journal.submit(turn, opened.token, opened.worker))
             opened.turn, opened.submitted = turn, True
         except KimiaError:
             if await self._is_anothers(opened):  # who has submitted it, or is about to
@@ -297,6 +298,7 @@ class Turns:
         turn = starting(record)
         written = await patiently(lambda: self.journal.read(turn.id, "input"))
         opened = await self.reopen(turn.id, record.caller, written)
+        opened.worker = record.llm_worker
         last = []
         if written and not written[-1].final:
             clip_end = InputAudio(clip=written[-1].input.clip, clip_end=True)
@@ -431,6 +433,8 @@ def _take_in(
     if head.state == "error":
         end_turn(record)
         return 0
+    if LLM.name in head.stages:
+        record.llm_worker = head.stages[LLM.name].consumer
     dropped = tokens[-1].report.dropped_messages if tokens else 0
     remember(record, head.turn, encoded, answer.message, dropped)
     return answer.codes

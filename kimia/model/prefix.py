@@ -132,9 +132,10 @@ class Prefixes:
             same += 1
         return (prefix, same) if same else None
 
-    def drop(self, conversation: str) -> None:
-        """Forget a conversation."""
-        self._kept.pop(conversation, None)
+    def drop(self, unwanted: Callable[[str], bool]) -> None:
+        """Forget conversations by their names."""
+        for conversation in filter(unwanted, tuple(self._kept)):
+            del self._kept[conversation]
 
     def expire(self) -> None:
         """Forget what has been kept for too long."""

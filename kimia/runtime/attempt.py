@@ -101,6 +101,11 @@ class Attempt:
         self._started = perf_counter()
         self.task = asyncio.create_task(self._run())
 
+    @property
+    def gone(self) -> bool:
+        """Whether the turn was deleted, or has expired."""
+        return self._gone
+
     def stop(self, verdict: str) -> None:
         """End it within one step or chunk; `verdict` becomes its outcome."""
         if not self._verdict and not self.outcome:

@@ -127,8 +127,8 @@ class Direct:
         for field, name in (("id", turn.id), ("session_id", turn.session_id), ("caller.tenant", turn.caller.tenant)):
             if name and not _NAME.fullmatch(name):
                 raise RequestError("must be 1 to 129 letters, digits, '_', '.' or '-'", field=f"turn.{field}")
-        turn.session_id = turn.session_id or f"direct-{secrets.token_hex(8)}"
-        turn.id = turn.id or f"{turn.session_id}.{secrets.token_hex(8)}"
+        session = turn.session_id or f"direct-{secrets.token_hex(8)}"  # left out: no later turn is to be prepared for
+        turn.id = turn.id or f"{session}.{secrets.token_hex(8)}"
         turn.caller.tenant = turn.caller.tenant or "default"
         turn.route[:] = [self.kind.number]
         _set_deadline(turn, deadline - asyncio.get_running_loop().time())

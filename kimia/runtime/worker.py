@@ -22,16 +22,18 @@ from kimia.runtime.logs import get_logger
 from kimia.runtime.metrics import CLAIMS, JOBS_WAITING, QUEUE_WAIT, TAKE_OVERS, TURNS
 from kimia.runtime.publisher import Publisher
 from kimia.runtime.rows import Row, Rows
-from kimia.stage import TOKENIZER, Stage
+from kimia.stage import TOKENIZER, Remembers, Stage
+from kimia.streams import keys
 from kimia.streams.blobs import Blobs
 from kimia.streams.early import Early
 from kimia.streams.inbox import Inbox
-from kimia.streams.jobs import Claim, Jobs
+from kimia.streams.jobs import Claim, Jobs, Postponed
 from kimia.streams.ledger import Ledger
 from kimia.streams.patience import Patience, end
 from kimia.streams.wire import Wire
 
 IDLE_WAIT = 1.0  # seconds of one wait for new jobs; new ones end it at once
+LOOK_AGAIN = 0.02  # seconds between two looks at a turn that is left to another worker: until then a row is kept for it
 FAREWELL = 1.0  # seconds for each thing that a leaving worker still has to say to the journal
 LAST_CHUNK = 3.0  # seconds for stages that are stopped to end their step or chunk
 COUNTED = ("done", "cancelled", "error", HANDED_OVER)
@@ -52,6 +54,8 @@ class Worker:
         self._early = Early(wire)
         self._patience = Patience(_say_lost, _say_found)
         self._inbox = Inbox(wire, consumer)
+        self._stage = stage
+        self._inbox.deleted = self._forget
         self._publisher = Publisher(self._jobs, self._patience, stage.kind.name)
         self._bench = Bench(
             stage=stage,
@@ -67,6 +71,7 @@ class Worker:
         self._attempts: set[Attempt] = set()
         self._fronts: list[asyncio.Task[None]] = []  # what stops first when the worker leaves
         self._returns: set[asyncio.Task[None]] = set()
+        self._postponed: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._drained = asyncio.Event()
 
@@ -83,7 +88,7 @@ class Worker:
                 await self._drained.wait()
             finally:
                 attempts = [attempt.task for attempt in self._attempts]
-                await end([*self._fronts, beating, *self._returns, *attempts])
+                await end([*self._fronts, beating, *self._returns, *self._postponed, *attempts])
                 await self._publisher.aclose()
                 await self._early.aclose()
 
@@ -107,10 +112,29 @@ class Worker:
         """Take what waits, as many turns as rows are free; when nothing does, wait for more."""
         if not await self._unless_stopped(self._row_is_free()):
             return
-        claims = await self._jobs.sweep(self._rows.free)
+        claims = await self._jobs.sweep(max(self._rows.free - len(self._postponed), 0))
+        for job in self._jobs.postponed():
+            task = asyncio.create_task(self._claim_later(job))
+            self._postponed.add(task)
+            task.add_done_callback(self._postponed.discard)
         self._begin(claims)
-        if not claims:
+        if self._rows.free <= len(self._postponed):
+            await self._unless_stopped(_one_of(self._postponed))
+        elif not claims:
             await self._unless_stopped(self._jobs.wait(IDLE_WAIT))
+
+    async def _claim_later(self, job: Postponed | None) -> None:
+        """Take a turn that was left to another worker, which would be the better one, if it has not begun in time."""
+        claims: list[Claim] = []
+        while job is not None:
+            await self._sleep(min(job.seconds, LOOK_AGAIN))
+            again = partial(self._jobs.claim_again, job, patient=not self._stopping.is_set())
+            claims, job = await self._patience.reach(again)
+        if self._stopping.is_set():
+            for claim in claims:
+                await self._give_back(claim)
+        else:
+            self._begin(claims)
 
     async def _row_is_free(self) -> None:
         await self._rows.acquire()
@@ -150,10 +174,16 @@ class Worker:
         """Free the row, also when the task was cancelled before it began."""
         attempt.row.leave()
         self._attempts.discard(attempt)
+        if attempt.gone:
+            self._forget(attempt.claim.turn.id)
         if attempt.outcome in COUNTED:
             TURNS.labels(self.kind.name, attempt.outcome).inc()
         if not task.cancelled() and task.exception():
             log.error("turn left in disorder", turn=attempt.claim.turn.id, exc_info=task.exception())
+
+    def _forget(self, turn_id: str) -> None:
+        if isinstance(self._stage, Remembers):
+            self._stage.forget(keys.session_of(turn_id))
 
     # ---- holding turns ----
 
@@ -217,6 +247,11 @@ class Worker:
         with suppress(UnavailableError, TimeoutError):
             async with asyncio.timeout(FAREWELL):
                 await call
+
+
+async def _one_of(tasks: set[asyncio.Task[None]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _say_lost(error: UnavailableError) -> None:

@@ -45,6 +45,7 @@ class Inbox:
         self.look = look
         self.connected: Callable[[str], None] = lambda _: None  # told the history of the journal: see `Journal.history`
         self.surely: Surely = _once  # asks again where that may help
+        self.deleted: Callable[[str], None] = lambda _: None  # told a turn of a session that was deleted
         self._wire = wire
         self._feeds: dict[str, set[Feed]] = {}
         self._stopped = False
@@ -144,8 +145,11 @@ class Inbox:
         answer: Any = await client.xread({key: last}, count=BATCH, block=round(BLOCK * 1000))
         entries = answer[0][1] if answer else []
         for _, fields in entries:
-            for feed in self._feeds.get(fields[b"t"].decode(), ()):
-                feed.wake(fields[b"l"].decode())
+            turn_id, log = fields[b"t"].decode(), fields[b"l"].decode()
+            if log == "gone":
+                self.deleted(turn_id)
+            for feed in self._feeds.get(turn_id, ()):
+                feed.wake(log)
         if len(entries) == BATCH:
             self._wake_all()
         return entries[-1][0] if entries else last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kimia.stage import LLM, TOKENIZER, StageKind
@@ -25,6 +25,7 @@ from kimia.v1.turn_pb2 import Chunk, Failure, Turn
 
 _INTERNAL = 13  # google.rpc.Code
 _BATCH_SHARE = 8  # claims of a worker of which one may be of a batch turn that was passed over for too long
+_SIGNS = 3  # leases that a worker counts as free after it has looked for jobs: it does so every second
 _FORGOTTEN = 86_400_000  # ms without a sign of life after which an idle consumer's name is removed
 
 
@@ -69,6 +70,17 @@ class Claim:
     playback: Playback | None = None  # how far the caller has heard it
 
 
+@dataclass(frozen=True)
+class Postponed:
+    """A job that was delivered here and is left to another worker, which has what the turn needs, for a moment."""
+
+    p: str
+    job_key: str
+    job_id: bytes
+    turn_id: str
+    seconds: float
+
+
 class Jobs:
     """The jobs of one stage. `consumer` is unique per process start. Every call may raise UnavailableError."""
 
@@ -80,6 +92,7 @@ class Jobs:
         self._arrivals = Arrivals(wire.blocking())
         self._tails: dict[str, str] = {}
         self._start = 0  # partitions take turns at being swept first
+        self._postponed: list[Postponed] = []
         self._passed = 0  # claims while batch turns may have been passed over, since the last of those was taken
 
     async def prepare(self) -> None:
@@ -105,6 +118,20 @@ class Jobs:
                 found, more = await take(p, count - len(claims))
                 claims += found
         return claims
+
+    def postponed(self) -> list[Postponed]:
+        """What the last sweep left to others for a moment: whoever swept must `claim_again` until that is over."""
+        found, self._postponed = self._postponed, []
+        return found
+
+    async def claim_again(self, job: Postponed, *, patient: bool) -> tuple[list[Claim], Postponed | None]:
+        """Take a job that was left to another worker, unless that one has it by now; or leave it for a while more."""
+        patience = round(self._wire.options.prefix_patience * 1000) if patient else 0
+        call = self._claim_call(job.p, job.job_key, job.job_id, job.turn_id, patience=patience)
+        [answer] = await self._wire.call_many("claim", [call])
+        if answer[0] == b"later":
+            return [], replace(job, seconds=answer[1] / 1e6)
+        return [self._claim(answer)] if answer[0] == b"claimed" else [], None
 
     async def wait(self, timeout: float) -> None:
         """Until a job has come that the last sweep has not seen, or `timeout` seconds have passed."""
@@ -141,7 +168,7 @@ class Jobs:
         self, p: str, streams: Sequence[str], wanted: int, due: Sequence[str] = ()
     ) -> tuple[list[Claim], bool]:
         """Claims, and whether there may be more. Of the stream `due` one is taken if it has waited for too long."""
-        args: list[Argument] = [self._consumer, wanted, self._own_ttl()]
+        args: list[Argument] = [self._consumer, wanted, self._own_ttl(), _SIGNS * self._lease]
         args += [*due, milliseconds(self._wire.options.batch_patience)] if due else []
         answer = await self._wire.call("take", streams, args)
         for stream, (tail, _) in zip(streams, answer, strict=True):
@@ -153,15 +180,20 @@ class Jobs:
         """Claim delivered entries, all in one round trip."""
         found = zip(streams, answer, strict=True)
         jobs = [(stream, entry, pairs[1].decode()) for stream, (_, entries) in found for entry, pairs in entries]
-        results = await self._wire.call_many("claim", [self._claim_call(p, *job) for job in jobs]) if jobs else []
+        patience = round(self._wire.options.prefix_patience * 1000)
+        calls = [self._claim_call(p, *job, patience=patience) for job in jobs]
+        results = await self._wire.call_many("claim", calls) if jobs else []
+        for job, result in zip(jobs, results, strict=True):
+            if result[0] == b"later":
+                self._postponed.append(Postponed(p, *job, result[1] / 1e6))
         return [self._claim(result) for result in results if result[0] == b"claimed"]
 
-    def _claim_call(self, p: str, stream: str, entry: bytes, turn_id: str) -> Call:
+    def _claim_call(self, p: str, stream: str, entry: bytes, turn_id: str, *, patience: int) -> Call:
         stage = self._kind.name
         names = [*turn_keys(p, turn_id), stream, keys.token(p, stage), keys.dlq(p, stage)]
         most = self._wire.options.max_deliveries
         identity: list[Argument] = [turn_id, self._consumer, entry, stage, self._kind.writes]
-        return names, [*identity, self._lease, most, self._gave_up(), too_late(self._kind)]
+        return names, [*identity, self._lease, most, self._gave_up(), too_late(self._kind), patience]
 
     def _claim(self, answer: Sequence[Any]) -> Claim:
         _, token, spec, attempt, next_index, rewound, waited, stream, entry, *playback = answer

@@ -34,6 +34,7 @@ class WireOptions:
     lease: float = 1.6  # without a heartbeat for so long, a claim may be taken over
     max_deliveries: int = 3  # claims without a new chunk before a turn is given up
     batch_patience: float = 10.0  # before a batch turn passes interactive ones: three stages of it fit any deadline
+    prefix_patience: float = 0.1  # for which a turn is left to the free worker that has its KV; that one needs few ms
     lead: float = 4.0  # speech that is kept ahead of what the caller has heard
 
 

@@ -28,7 +28,7 @@ from kimia.v1 import conversation_pb2 as kimia_dot_v1_dot_conversation__pb2
 from kimia.v1 import turn_pb2 as kimia_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kimia/v1/session.proto\x12\x08kimia.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14kimia/v1/audio.proto\x1a\x1bkimia/v1/conversation.proto\x1a\x13kimia/v1/turn.proto\"\xbd\x04\n\rSessionRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x06\x63\x61ller\x18\x02 \x01(\x0b\x32\x10.kimia.v1.Caller\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x08messages\x18\x04 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x10\n\x08turn_ids\x18\x05 \x03(\t\x12\x17\n\x0frunning_turn_id\x18\x06 \x01(\t\x12\x14\n\x0copen_turn_id\x18\x07 \x01(\t\x12\"\n\x07pending\x18\x08 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x18\n\x10next_audio_index\x18\t \x01(\x04\x12+\n\x0cinput_format\x18\n \x01(\x0b\x32\x15.kimia.v1.AudioFormat\x12&\n\x07options\x18\x0b \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12\x10\n\x08heard_ms\x18\x0c \x01(\x04\x12 \n\x05\x61sked\x18\r \x03(\x0b\x32\x11.kimia.v1.Message\x12\x0f\n\x07one_off\x18\x0e \x01(\x08\x12;\n\x0bturn_of_key\x18\x0f \x03(\x0b\x32&.kimia.v1.SessionRecord.TurnOfKeyEntry\x12 \n\x08starting\x18\x10 \x01(\x0b\x32\x0e.kimia.v1.Turn\x1a\x30\n\x0eTurnOfKeyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kimia/v1/session.proto\x12\x08kimia.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14kimia/v1/audio.proto\x1a\x1bkimia/v1/conversation.proto\x1a\x13kimia/v1/turn.proto\"\xd1\x04\n\rSessionRecord\x12\n\n\x02id\x18\x01 \x01(\t\x12 \n\x06\x63\x61ller\x18\x02 \x01(\x0b\x32\x10.kimia.v1.Caller\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x08messages\x18\x04 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x10\n\x08turn_ids\x18\x05 \x03(\t\x12\x17\n\x0frunning_turn_id\x18\x06 \x01(\t\x12\x14\n\x0copen_turn_id\x18\x07 \x01(\t\x12\"\n\x07pending\x18\x08 \x03(\x0b\x32\x11.kimia.v1.Message\x12\x18\n\x10next_audio_index\x18\t \x01(\x04\x12+\n\x0cinput_format\x18\n \x01(\x0b\x32\x15.kimia.v1.AudioFormat\x12&\n\x07options\x18\x0b \x01(\x0b\x32\x15.kimia.v1.TurnOptions\x12\x10\n\x08heard_ms\x18\x0c \x01(\x04\x12 \n\x05\x61sked\x18\r \x03(\x0b\x32\x11.kimia.v1.Message\x12\x0f\n\x07one_off\x18\x0e \x01(\x08\x12;\n\x0bturn_of_key\x18\x0f \x03(\x0b\x32&.kimia.v1.SessionRecord.TurnOfKeyEntry\x12 \n\x08starting\x18\x10 \x01(\x0b\x32\x0e.kimia.v1.Turn\x12\x12\n\nllm_worker\x18\x11 \x01(\t\x1a\x30\n\x0eTurnOfKeyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONRECORD_TURNOFKEYENTRY']._loaded_options = None
   _globals['_SESSIONRECORD_TURNOFKEYENTRY']._serialized_options = b'8\001'
   _globals['_SESSIONRECORD']._serialized_start=142
-  _globals['_SESSIONRECORD']._serialized_end=715
-  _globals['_SESSIONRECORD_TURNOFKEYENTRY']._serialized_start=667
-  _globals['_SESSIONRECORD_TURNOFKEYENTRY']._serialized_end=715
+  _globals['_SESSIONRECORD']._serialized_end=735
+  _globals['_SESSIONRECORD_TURNOFKEYENTRY']._serialized_start=687
+  _globals['_SESSIONRECORD_TURNOFKEYENTRY']._serialized_end=735
 # @@protoc_insertion_point(module_scope)

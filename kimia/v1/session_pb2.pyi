@@ -64,6 +64,7 @@ class SessionRecord(_message.Message):
     ONE_OFF_FIELD_NUMBER: _builtins.int
     TURN_OF_KEY_FIELD_NUMBER: _builtins.int
     STARTING_FIELD_NUMBER: _builtins.int
+    LLM_WORKER_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The session."""
     running_turn_id: _builtins.str
@@ -76,6 +77,8 @@ class SessionRecord(_message.Message):
     """Output that the caller has heard of the running turn, milliseconds."""
     one_off: _builtins.bool
     """A conversation of one request only, to be deleted when its turn was told."""
+    llm_worker: _builtins.str
+    """Worker of the language model that served the last turn: it may have the conversation in its cache."""
     @_builtins.property
     def caller(self) -> _turn_pb2.Caller:
         """On whose account."""
@@ -139,10 +142,11 @@ class SessionRecord(_message.Message):
         one_off: _builtins.bool = ...,
         turn_of_key: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         starting: _turn_pb2.Turn | None = ...,
+        llm_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "input_format", b"input_format", "options", b"options", "starting", b"starting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "starting", b"starting", "turn_ids", b"turn_ids", "turn_of_key", b"turn_of_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "caller", b"caller", "create_time", b"create_time", "heard_ms", b"heard_ms", "id", b"id", "input_format", b"input_format", "llm_worker", b"llm_worker", "messages", b"messages", "next_audio_index", b"next_audio_index", "one_off", b"one_off", "open_turn_id", b"open_turn_id", "options", b"options", "pending", b"pending", "running_turn_id", b"running_turn_id", "starting", b"starting", "turn_ids", b"turn_ids", "turn_of_key", b"turn_of_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

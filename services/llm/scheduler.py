@@ -50,9 +50,9 @@ class Scheduler:
         self._turns.append(turn)
         return turn
 
-    def forget(self, conversation: str) -> None:
-        """Keep nothing of a conversation any more."""
-        self._do(partial(self._engine.prefixes.drop, conversation))
+    def forget(self, unwanted: Callable[[str], bool]) -> None:
+        """Keep nothing of these conversations any more."""
+        self._do(partial(self._engine.prefixes.drop, unwanted))
 
     def _left(self, turn: Answering, after: Row | None) -> None:
         self._turns.remove(turn)
@@ -102,7 +102,7 @@ class Scheduler:
             more = await self._compute.run(self._read_ahead, conversation)
         except Exception:  # the edge of what nobody waits for
             log.exception("reading ahead failed")
-            self.forget(conversation)
+            self.forget(conversation.__eq__)
             more = False
         if not more:
             self._ahead.remove(conversation)

@@ -87,6 +87,10 @@ class LanguageModelStage:
         async for _ in self.run(turn, replayed()):
             pass
 
+    def forget(self, session_id: str) -> None:
+        """Keep nothing of a deleted session."""
+        self.scheduler.forget(lambda conversation: conversation.rpartition(" ")[2] == session_id)
+
     async def run(
         self, turn: Turn, inbox: AsyncIterator[Chunk], published: Sequence[Chunk] = ()
     ) -> AsyncIterator[Chunk]:

@@ -16,7 +16,8 @@ from kimia.streams.wire import Wire, WireOptions
 from tests.faults.breaks import broken, fault
 
 P = "{0}"  # the one partition
-OPTIONS = WireOptions(lease=600, max_deliveries=2)  # leases end when a rule says so, and never by themselves
+# Leases end when a rule says so, and never by themselves; nobody waits.
+OPTIONS = WireOptions(lease=600, max_deliveries=2, prefix_patience=0)
 HOUR = 3600  # seconds
 STAGES = ("tokenizer", "llm", "detokenizer")
 # What happens at every 64th turn of a session happens here at every one.

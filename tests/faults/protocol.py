@@ -191,7 +191,7 @@ class Protocol(Play):
         jobs = self.workers[stage, number]
         streams = jobs._classes(P) if silent else [*jobs._own(P), *jobs._classes(P)]
         last = round(OPTIONS.lease * 1000) if silent else jobs._own_ttl()
-        call = self.wire.call("recover" if silent else "take", streams, [jobs._consumer, 3, last])
+        call = self.wire.call("recover" if silent else "take", streams, [jobs._consumer, 3, last, last])
         return Delivery(jobs, stage, streams, self.ground.run(call))
 
     @rule(target=deliveries, pick=PICKS, number=NUMBERS, silent=st.booleans(), twice=st.booleans())

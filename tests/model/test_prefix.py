@@ -264,8 +264,9 @@ def test_nothing_is_kept_for_ever():
 def test_what_is_dropped_is_gone():
     prefixes = Prefixes(9 * SIZE)
     prefixes.keep(prefix("a"))
-    prefixes.drop("a")
-    prefixes.drop("a")
+    prefixes.drop(lambda name: name == "b")
+    assert len(prefixes) == 1
+    prefixes.drop(lambda name: name == "a")
     assert prefixes.take("a", [(b"0",)], text=True, audio=True) is None
 
 

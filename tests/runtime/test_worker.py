@@ -775,3 +775,132 @@ async def test_a_worker_whose_network_is_cut_in_a_turn_is_fenced_and_serves_agai
         await cut.drain(0)
         await running
         await wire.aclose()
+
+
+# ---- a turn that has its conversation in one worker's cache -------------------------------------------------------
+
+
+@pytest.fixture
+async def patient(valkey_url, request):
+    """Two workers of the language model, and a house whose turns are left to one of them for so long."""
+    wire = await Wire.connect(valkey_url, options=WireOptions(lease=30, prefix_patience=request.param))
+    async with House(wire) as house:
+        holder, other = (house.start(FakeLanguageModel(STEADY), rows=1) for _ in range(2))
+        await looks(house, holder)
+        yield house, holder, other
+    await wire.aclose()
+
+
+async def looks(house, worker):
+    """Until a worker has said that it has a row and looks for turns."""
+    free = keys.worker_jobs("{0}", "llm", worker.consumer) + ":free"
+    async with asyncio.timeout(SECONDS):
+        while not await house.wire.journal.exists(free):
+            await asyncio.sleep(0.002)
+
+
+async def served(house, worker, count=1) -> list[str]:
+    """Who serves turns that would like this worker, one after another."""
+    names = []
+    for _ in range(count):
+        turn = new_turn(route=[LLM])
+        await house.ask(turn, worker=worker.consumer)
+        head = await house.ended(turn.id)
+        assert head.state == "done"
+        names.append(head.stages["llm"].consumer)
+    return names
+
+
+NEVER, SOON = 60.0, 0.2  # seconds; no test waits for the first
+
+
+@pytest.mark.parametrize("patient", [NEVER], indirect=True)
+async def test_turns_go_to_the_worker_that_they_would_like(patient):
+    house, *workers = patient
+    for worker in workers * 4:
+        await looks(house, worker)
+        assert await served(house, worker) == [worker.consumer]
+
+
+@pytest.mark.parametrize("patient", [NEVER], indirect=True)
+async def test_nobody_waits_for_a_worker_that_is_busy(patient):
+    house, holder, other = patient
+    turn = new_turn(route=[LLM])
+    for worker in (holder, other):
+        worker._bench.stage.timing = FakeTiming(steps=100000, step_seconds=0.002)
+    await house.ask(turn, worker=holder.consumer)
+    await house.until(turn.id, "tokens", 1)
+    if (await house.journal.head(turn.id)).stages["llm"].consumer != holder.consumer:  # where the machine is slow
+        holder, other = other, holder
+    other._bench.stage.timing = STEADY
+    assert await served(house, holder, 3) == [other.consumer] * 3
+    await house.journal.cancel(turn.id)
+
+
+@pytest.mark.parametrize("patient", [SOON], indirect=True)
+async def test_the_turn_of_a_dead_worker_is_taken_soon(patient):
+    house, holder, other = patient
+    await house.kill(holder)
+    assert await served(house, holder, 2) == [other.consumer] * 2
+
+
+@pytest.mark.parametrize("patient", [SOON], indirect=True)
+async def test_the_turn_of_a_frozen_worker_is_taken_soon(patient, monkeypatch):
+    """It says that it lives and takes nothing."""
+    house, holder, other = patient
+    frozen = asyncio.Event()
+
+    async def sweep(_):
+        await frozen.wait()
+        return []
+
+    monkeypatch.setattr(holder._jobs, "sweep", sweep)
+    assert set(await served(house, holder, 3)) <= {other.consumer, holder.consumer}
+    assert await served(house, holder, 2) == [other.consumer] * 2  # it may have begun a look before
+    frozen.set()
+
+
+@pytest.mark.parametrize("patient", [NEVER], indirect=True)
+async def test_a_worker_that_leaves_gives_back_what_it_left_to_another(patient, monkeypatch):
+    house, holder, other = patient
+    frozen = asyncio.Event()
+
+    async def sweep(_):
+        await frozen.wait()
+        return []
+
+    monkeypatch.setattr(holder._jobs, "sweep", sweep)
+    await served(house, other)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn, worker=holder.consumer)
+    monkeypatch.undo()
+    frozen.set()
+    await house.leave(other, 1)
+    assert (await house.ended(turn.id)).state == "done"
+
+
+class Remembering(FakeLanguageModel):
+    """A stage that is told what to forget."""
+
+    def __init__(self, timing):
+        super().__init__(timing)
+        self.forgotten = []
+
+    def forget(self, session_id):
+        self.forgotten.append(session_id)
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_what_a_stage_keeps_of_a_deleted_session_is_forgotten(house, running):
+    stage = Remembering(FakeTiming(steps=100000, step_seconds=0.002) if running else QUICK)
+    worker = house.start(stage)
+    turn = new_turn(route=[LLM])
+    await house.ask(turn)
+    await house.until(turn.id, "tokens", 1)
+    if not running:
+        await house.ended(turn.id)
+        await eventually(lambda: not worker._attempts)
+    await house.journal.delete_session(turn.session_id)
+    await eventually(lambda: turn.session_id in stage.forgotten and not worker._attempts)
+    assert set(stage.forgotten) == {turn.session_id}
+    assert len(stage.forgotten) == 1 + running  # once more when its turn has ended, which may leave something

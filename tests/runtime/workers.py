@@ -97,10 +97,10 @@ class House:
         await worker.drain(seconds)
         await self.running.pop(worker)
 
-    async def ask(self, turn, given=()):
+    async def ask(self, turn, given=(), worker=None):
         opened = await self.journal.open_turn(turn, "orchestrator")
         await self.journal.append_input(turn.id, opened.token, given)
-        await self.journal.submit(turn, opened.token)
+        await self.journal.submit(turn, opened.token, worker)
         return turn.id
 
     async def ended(self, turn_id):

@@ -8,7 +8,7 @@ from itertools import cycle, pairwise
 import pytest
 
 from kimia.streams import keys
-from kimia.streams.jobs import Outcome, Published
+from kimia.streams.jobs import Jobs, Outcome, Published
 from kimia.streams.journal import Playback
 from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, Failure
@@ -857,3 +857,115 @@ async def test_long_dead_consumers_are_forgotten(world, monkeypatch):
     await world.worker(LLM, "new")
     assert [c["name"] for c in await world.redis.xinfo_consumers(stream, keys.GROUP)] == [b"holding"]
     assert await dead.sweep(1) == []  # it was not dead: it comes back by itself
+
+
+# ---- a turn that is left to the worker that it would like ---------------------------------------------------------
+
+
+@pytest.fixture
+async def leaving(journal_url):
+    """Workers that leave turns to others for as long as a test takes."""
+    wire = await Wire.connect(journal_url, options=WireOptions(lease=600, prefix_patience=600))
+    yield World(wire)
+    await wire.aclose()
+
+
+async def two(world) -> tuple[Jobs, Jobs]:
+    """A worker that has looked for jobs and has rows left, and another one."""
+    wanted, other = await world.worker(LLM, "wanted"), await world.worker(LLM, "other")
+    assert await wanted.sweep(1) == []
+    return wanted, other
+
+
+async def test_a_turn_is_left_to_the_free_worker_that_it_would_like(leaving):
+    wanted, other = await two(leaving)
+    turn = await leaving.submitted(worker="wanted")
+    assert await other.sweep(1) == []
+    [job] = other.postponed()
+    assert other.postponed() == []
+    assert 500 < job.seconds <= 600
+    [claim] = await wanted.sweep(1)
+    assert claim.turn == turn
+    assert await leaving.holder(claim) == "wanted"
+    assert await other.claim_again(job, patient=True) == ([], None)
+    assert await leaving.holder(claim) == "wanted"
+    assert await wanted.publish(claim, step(0, final=True)) == Published(WRITTEN, 1)
+    assert await other.depth() == (0, 0)
+
+
+async def test_it_is_not_left_for_longer(leaving):
+    _, other = await two(leaving)
+    turn = await leaving.submitted(worker="wanted")
+    await other.sweep(1)
+    [job] = other.postponed()
+    assert (await other.claim_again(job, patient=True))[1].seconds < job.seconds
+    [claim], none = await other.claim_again(job, patient=False)
+    assert none is None
+    assert claim.turn == turn
+    assert claim.attempt == 1
+
+
+async def test_one_that_has_waited_is_taken(leaving):
+    _, other = await two(leaving)
+    turn = await leaving.submitted(worker="wanted")
+    await leaving.redis.hset(keys.head("{0}", turn.id), "llm:queued", 1)
+    assert [claim.turn for claim in await other.sweep(1)] == [turn]
+
+
+@pytest.mark.parametrize("what", ["busy", "silent", "left", "never there"])
+async def test_nobody_waits_for_a_worker_that_will_not_come(leaving, what):
+    wanted, other = await two(leaving)
+    if what == "busy":
+        await leaving.submitted(new_turn("before"))
+        assert len(await wanted.sweep(1)) == 1
+    elif what == "silent":
+        free = keys.worker_jobs("{0}", "llm", "wanted") + ":free"
+        assert 0 < await leaving.redis.pttl(free) <= 3 * 600_000
+        await leaving.redis.delete(free)
+    elif what == "left":
+        await wanted.aclose()
+    turn = await leaving.submitted(worker="wanted" if what != "never there" else "nobody")
+    assert [claim.turn for claim in await other.sweep(1)] == [turn]
+    assert other.postponed() == []
+
+
+async def test_the_wanted_worker_itself_and_whoever_takes_over_do_not_wait(leaving):
+    wanted, other = await two(leaving)
+    await leaving.submitted(worker="wanted")
+    await leaving.redis.delete(keys.worker_jobs("{0}", "llm", "wanted"))  # its copy is lost
+    [claim] = await wanted.sweep(1)
+    await wanted.sweep(1)
+    taken = await leaving.taken_over(claim, other)
+    await other.release(taken)
+    await wanted.sweep(0)
+    assert [again.turn for again in await other.sweep(1)] == [claim.turn]
+
+
+async def test_a_worker_that_dies_while_it_leaves_a_turn_to_another_loses_nothing(leaving):
+    _, other = await two(leaving)
+    turn = await leaving.submitted(worker="wanted")
+    await other.sweep(1)
+    [job] = other.postponed()
+    await leaving.redis.xclaim(job.job_key, keys.GROUP, "other", 0, [job.job_id], idle=3_600_000, justid=True)
+    await leaving.redis.delete(
+        keys.worker_jobs("{0}", "llm", "wanted"), keys.worker_jobs("{0}", "llm", "wanted") + ":free"
+    )
+    third = await leaving.worker(LLM, "third")
+    assert [claim.turn for claim in await third.recover(1)] == [turn]
+    assert await other.claim_again(job, patient=True) == ([], None)
+
+
+async def test_a_copy_that_was_taken_for_the_last_row_is_about_to_be_claimed(leaving):
+    """Between its two calls the wanted worker has no row left, and is the one to wait for all the same."""
+    wanted, other = await two(leaving)
+    turn = await leaving.submitted(worker="wanted")
+    call_many = leaving.wire.call_many
+
+    async def overtaken(script, calls):
+        leaving.wire.call_many = call_many
+        assert await other.sweep(1) == []
+        assert [job.turn_id for job in other.postponed()] == [turn.id]
+        return await call_many(script, calls)
+
+    leaving.wire.call_many = overtaken
+    assert [claim.turn for claim in await wanted.sweep(1)] == [turn]

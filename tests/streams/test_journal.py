@@ -398,6 +398,7 @@ async def test_deletion_tells_reader_and_workers(world):
     await world.journal.delete_session("s1")
     for owner in ("orchestrator", "llm-1", "detokenizer-1"):
         assert (await world.pointers(owner))[-1] == (claims["llm"].turn.id, "state", 0)
+    assert (claims["llm"].turn.id, "gone", 0) in await world.pointers("llm-1")
 
 
 async def test_a_queued_turn_that_was_deleted_is_dropped(world):

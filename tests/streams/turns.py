@@ -9,7 +9,8 @@ from kimia.v1.turn_pb2 import Caller, Chunk, Encoded, InputAudio, Speech, Step, 
 
 SPEECH = ("tokenizer", "llm", "detokenizer")
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-PATIENT = WireOptions(lease=600)  # leases end when a test says so, and not because a machine is slow
+# Leases end when a test says so, and not because a machine is slow; no turn is left to the worker that it would like.
+PATIENT = WireOptions(lease=600, prefix_patience=0)
 
 
 def new_turn(session: str = "s1", route=("llm",), **fields) -> Turn:

@@ -1,11 +1,12 @@
 -- Make a job that was just delivered to a consumer its own, if the turn still wants it.
 -- KEYS   1-6 the turn's; 7 job stream that delivered it; 8 counter of tokens; 9 dead letters
 -- ARGV   turn id, consumer, entry, stage, log it writes, lease (ms), claims allowed without a new chunk,
---        failure for giving up, failure for a deadline
+--        failure for giving up, failure for a deadline, how long a turn is left to the worker that it would like (ms)
 -- answer {claimed, token, spec, tries, next index, rewound, us waited, job stream, entry[, ms heard, ms since then]}
 --        | {lost} (delivered to another since) | {over} (dropped) | {stale} (dropped: replaced or done)
 --        | {held} (another claim lives: the job was handed to its owner)
-local turn, consumer, entry, stage, log, lease, most, gave_up, too_late = unpack(ARGV)
+--        | {later, us} (it is left to the worker that it would like for so long: then claim it again, without patience)
+local turn, consumer, entry, stage, log, lease, most, gave_up, too_late, patience = unpack(ARGV)
 local head, stream = KEYS[1], KEYS[7]
 
 local mine = redis.call('XPENDING', stream, GROUP, entry, entry, 1)[1]
@@ -13,7 +14,7 @@ if not mine or mine[2] ~= consumer then return {'lost'} end
 
 local s = function(name) return stage .. ':' .. name end
 local h = fields(head, 'state', 'turn', s'consumer', s'lease', s'done', s'stream', s'entry', s'queued', s'claimed',
-  log .. ':next', 'deadline', 'rewound', 'ttl', 'heard', 'heard_at')
+  log .. ':next', 'deadline', 'rewound', 'ttl', 'heard', 'heard_at', s'worker')
 local owner, ends, ttl = h[3], tonumber(h[4] or 0), h[13]
 local next, deadline = tonumber(h[10] or 0), tonumber(h[11] or 0)
 local now = clock()
@@ -35,6 +36,17 @@ if owner and ends > now then
     redis.call('XCLAIM', stream, GROUP, owner, 0, entry, 'TIME', heard, 'JUSTID')
   end
   return {'held'}
+end
+
+-- The worker that the turn would like has a row left, or is about to claim the copy that it took for its last one.
+local function awaited(own)
+  local taken = redis.pcall('XPENDING', own, GROUP)
+  return redis.call('EXISTS', own .. ':free') == 1 or (not taken.err and taken[1] > 0)
+end
+local left = (h[8] or 0) + patience * 1000 - now
+if left > 0 and not h[9] and not copy and h[16] and h[16] ~= consumer
+  and awaited(P .. ':jobs:' .. stage .. ':@' .. h[16]) then
+  return {'later', left}
 end
 
 stream, entry = h[6], h[7]

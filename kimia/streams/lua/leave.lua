@@ -10,7 +10,7 @@ for _, stream in ipairs(KEYS) do
       redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, consumer)
       deleted = deleted + 1
     end
-    if string.sub(stream, -#consumer - 2) == ':@' .. consumer then redis.call('UNLINK', stream) end
+    if string.sub(stream, -#consumer - 2) == ':@' .. consumer then redis.call('UNLINK', stream, stream .. ':free') end
   end
 end
 return deleted

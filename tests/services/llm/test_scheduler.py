@@ -301,7 +301,7 @@ async def test_what_is_kept_makes_way_for_the_caches_of_turns(keeping: Watched) 
 
 async def test_a_conversation_is_forgotten(keeping: Watched) -> None:
     await first_turn(keeping)
-    keeping.scheduler.forget("c")
+    keeping.scheduler.forget("c".__eq__)
     await keeping.idle()
     assert len(keeping.engine.prefixes) == 0
     assert PREFIX_BYTES._value.get() == 0
