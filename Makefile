@@ -64,27 +64,16 @@ micro-smoke: $(STAMP)  ## a few steps of every trainer, and the folder that they
 
 # Corpus, runs and the folder that comes of them lie in MICRO. Every command goes on where it was broken off.
 MICRO ?= micro
-TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m training
+SLICE ?=  # seconds: a machine that is lent for minutes
 TRAINED := .venv/.trained
-stage = --corpus $(MICRO)/corpus --run $(MICRO)/$(1) --checkpoint $(MICRO)/checkpoint
 
 $(TRAINED): $(STAMP)
 	@which flite espeak-ng text2wave > /dev/null || { echo "voices are missing: apt-get install flite espeak-ng festival festvox-kdlpc16k"; exit 1; }
 	$(BIN)/pip install --constraint constraints.txt --editable '.[training]'
 	@touch $@
 
-$(MICRO)/corpus/corpus.index.json: | $(TRAINED)
-	$(TRAIN).corpus --out $(MICRO)/corpus --speaker 2500 --callers 5000 --test 200
-
-micro: $(MICRO)/corpus/corpus.index.json | $(TRAINED)  ## the micro checkpoint from nothing: speech, every trainer, the card's figures; hours on two cores
-	$(TRAIN).states --corpus $(MICRO)/corpus
-	$(TRAIN).study --corpus $(MICRO)/corpus --run $(MICRO)/study
-	$(TRAIN).encoders $(call stage,encoder)
-	$(TRAIN).vq $(call stage,vq) --study $(MICRO)/study
-	$(TRAIN).vocoder $(call stage,vocoder)
-	$(TRAIN).flow $(call stage,flow)
-	$(TRAIN).language_model $(call stage,language_model)
-	$(TRAIN).evaluate --corpus $(MICRO)/corpus --checkpoint $(MICRO)/checkpoint
+micro: | $(TRAINED)  ## the micro checkpoint from nothing: speech, every trainer, the card's figures; hours on two cores. SLICE=480 ends in 8 minutes and goes on when called again
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.micro --folder $(MICRO) $(if $(SLICE),--seconds $(SLICE))
 
 check: $(STAMP)  ## format, lint, types, import rules, dead code, the contract
 	$(BIN)/ruff format --check .

@@ -7,7 +7,9 @@ shards are made once, each from its own seed, and a broken-off run goes on with 
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from kimia.model.encode import AudioEncoder
 from kimia.model.lm import Row
 from kimia.model.text import TextTokenizer
 from kimia.model.writing import whole_file
+from training.ahead import is_helper, made
 from training.augment import CALLER, augmented, resampled
 from training.language_model import Lesson, lesson
 from training.sounds import sound
@@ -85,16 +88,31 @@ def resampled_speech(wave: np.ndarray) -> np.ndarray:
 # ---- shards -----------------------------------------------------------------------------------------------------
 
 
-def make_shard(classroom: Classroom, path: Path, seed: int, count: int, *, held_out: bool = False) -> None:
+def make_shards(classroom: Classroom, paths: Sequence[Path], count: int, workers: int, until: float = math.inf) -> bool:
+    """Make the shards that are missing, of `count` lessons, each with its number as seed. Are all there now?"""
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+
+    def make(number: int) -> bool:
+        return make_shard(classroom, paths[number], number, count, until=until)
+
+    return all([*made(make, missing, min(workers, len(missing)))])
+
+
+def make_shard(
+    classroom: Classroom, path: Path, seed: int, count: int, *, held_out: bool = False, until: float = math.inf
+) -> bool:
     """Write `count` lessons, the same for the same seed; nothing is done where the file is already there.
 
-    Raises AudioError that names the lesson whose voice failed; shards made before stay.
+    False, and no file, when `time.monotonic` comes to be `until` before the last lesson. Raises AudioError that names
+    the lesson whose voice failed; shards made before stay.
     """
     if path.exists():
-        return
+        return True
     rng = random.Random(seed)
     rows = []
-    for number in tqdm(range(count), desc=path.name, disable=None):
+    for number in tqdm(range(count), desc=path.name, disable=is_helper() or None):
+        if time.monotonic() >= until:
+            return False
         example = sample_example(rng, held_out=held_out)
         try:
             rows.append(_plain(classroom.lesson(example, rng)))
@@ -103,6 +121,7 @@ def make_shard(classroom: Classroom, path: Path, seed: int, count: int, *, held_
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial, open(partial, "wb") as file:
         torch.save(rows, file)
+    return True
 
 
 def read_shard(path: Path) -> list[Lesson]:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from training.corpus import Clip
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing, letters_loss
-from training.loop import fast_products
+from training.loop import device_of, fast_products
 from training.scores import CLASSES, error_rate, greedy
 
 KERNEL = 5  # of the head's convolutions
@@ -99,7 +99,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def begin(self, states: Tensor, rounds: int = 10) -> None:
         """k-means of states (n, d), n at least the number of codes."""
-        centres = states[torch.randperm(len(states))[: len(self.count)]].clone()
+        drawn = torch.randperm(len(states))[: len(self.count)]  # on the CPU: a seed means the same everywhere
+        centres = states[drawn.to(states.device)].clone()
         for _ in range(rounds):
             nearest = torch.cdist(states, centres).argmin(1)
             counts = torch.bincount(nearest, minlength=len(centres)).float()
@@ -127,7 +128,8 @@ class Codebook(nn.Module):
         dead = (self.count < DEAD * mean).nonzero()[:, 0]
         dead = dead[: len(states)]
         self.count[dead] = mean / 4
-        self.total[dead] = states[torch.randperm(len(states))[: len(dead)]] * (mean / 4)
+        drawn = torch.randperm(len(states))[: len(dead)].to(states.device)
+        self.total[dead] = states[drawn] * (mean / 4)
         return len(dead)
 
 
@@ -142,11 +144,11 @@ class CodeTraining(nn.Module):
         self.kept: list[Tensor] = []  # states for k-means
 
     def code_losses(self, hidden: Tensor, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The weighted losses of states (B, K, d), float32, and of their codes."""
+        """The weighted losses of states (B, K, d), float32, and of their codes; all on one device."""
         weights = self.recipe.weights
         real = batch.frames[:, ::FRAMES_PER_TOKEN]
         codes, commit = self._quantised(hidden, real, step)
-        with fast_products():
+        with fast_products(device_of(self)):
             letters, mel = self.head(codes)
         inside = hidden[real]
         shape = inside.mean(-1).square().mean() + (inside.var(-1) - 1).square().mean()
@@ -160,7 +162,7 @@ class CodeTraining(nn.Module):
     def _quantised(self, hidden: Tensor, real: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Codes with the gradient passed straight through, (B, K, d), and the commitment loss."""
         inside = hidden[real].detach()
-        if step < self.recipe.continuous_steps:
+        if step < self.recipe.continuous_steps or self._knows_too_little(inside):
             self.kept = [*self.kept, inside][-KEPT:]
             return hidden, hidden.new_zeros(())
         if not self.book.ready:
@@ -173,6 +175,11 @@ class CodeTraining(nn.Module):
             if step % self.recipe.restart_every == 0:
                 self.book.restart(inside)
         return hidden + (rows - hidden).detach(), F.mse_loss(hidden[real], rows[real])
+
+    def _knows_too_little(self, inside: Tensor) -> bool:
+        """A run that goes on here has kept no states of the steps before: too few, perhaps, for k-means."""
+        seen = sum(map(len, self.kept)) + len(inside)
+        return not self.book.ready and seen < len(self.book.count)
 
 
 def mel_loss(mel: Tensor, batch: Batch) -> Tensor:

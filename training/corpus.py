@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 from kimia.errors import AudioError, KimiaError, ParameterError
 from kimia.model.writing import whole_file
+from training.ahead import made
+from training.options import add_slice, deadline, unfinished
 from training.texts import sample_text
 from training.voices import BY_NAME, CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, STRANGERS, Cache, Voice
 
@@ -178,10 +181,18 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=4000)
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    add_slice(parser)
     options = parser.parse_args()
+    until = deadline(options)
     items = plan(options.speaker, options.callers, options.test, options.seed)
     write_list(options.out, items)
-    pack(options.out, [load_clip(options.out, item, n) for n, item in enumerate(tqdm(items, desc="speaking"), 1)])
+    spoken = made(lambda number: load_clip(options.out, items[number], number + 1), range(len(items)), options.workers)
+    clips: list[Clip] = []
+    for clip in tqdm(spoken, desc="speaking", total=len(items)):
+        clips.append(clip)
+        if time.monotonic() >= until and len(clips) < len(items):
+            unfinished(f"corpus: {len(clips)} of {len(items)} sentences are spoken")
+    pack(options.out, clips)
 
 
 if __name__ == "__main__":

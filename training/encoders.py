@@ -22,6 +22,7 @@ from kimia.model.checkpoint import SINGLE_FILE, Stored
 from kimia.model.config import EncoderConfig, FeatureConfig
 from kimia.model.whisper import WhisperFeatures, load_whisper
 from kimia.model.writing import whole_file, write_safetensors
+from training.ahead import Ahead
 from training.augment import CALLER, GENTLE
 from training.config import trainer_configs, write_configs
 from training.heads import read_heads, take_over, write_heads
@@ -35,8 +36,8 @@ from training.hearing import (
     letters_loss,
 )
 from training.initial import initialise
-from training.loop import Loop, averaged_weights, fast_products
-from training.options import plan_of, trainer_parser
+from training.loop import Loop, averaged_weights, device_of, fast_products
+from training.options import leave, plan_of, trainer_parser
 from training.scores import CLASSES, ErrorRate, error_rate, greedy
 from training.states import placeless, taught_clips
 from training.teacher import TEACHER_WIDTH
@@ -83,7 +84,7 @@ class EncoderTraining(nn.Module):
     def states(self, mel: Tensor) -> Tensor:
         """(B, M, T) -> (B, T / 2, d), as the served encoder gives them for whole segments; here of any length."""
         encoder = self.whisper.encoder
-        with fast_products():
+        with fast_products(device_of(self)):
             x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
             x = x + encoder.embed_positions.weight[: x.shape[1]]
             for layer in encoder.layers:
@@ -92,6 +93,7 @@ class EncoderTraining(nn.Module):
 
     def losses(self, batch: Batch, letters: float = 1.0) -> dict[str, Tensor]:
         """The named losses of a step, weighted; `letters` is the share of that loss's weight that counts."""
+        batch = batch.to(device_of(self))
         states = self.states(batch.mel)
         return {
             "letters": letters * self.weights.letters * letters_loss(self.letters(states), batch),
@@ -150,19 +152,23 @@ def main() -> None:
     clips, states = taught_clips(options.corpus)
     hearing = Hearing(clips, placeless(clips, states), configs.whisper_features, configs, seed=2)
 
-    def losses(step: int) -> dict[str, Tensor]:
+    def batch(step: int) -> Batch:
         done = step / options.steps
         if done < CLIPS_SHARE:
-            chances = GENTLE if done < GENTLE_SHARE else CALLER
-            batch = hearing.batch(step, CLIPS * options.batch, chances)
-        else:
-            batch = hearing.windows(step, options.batch)
-        return training.losses(batch, letters=1.0 if done >= LISTENING_SHARE else LISTENING_LETTERS)
+            return hearing.batch(step, CLIPS * options.batch, GENTLE if done < GENTLE_SHARE else CALLER)
+        return hearing.windows(step, options.batch)
 
-    Loop(STAGE, training, losses, plan_of(options), options.run).run()
+    data = Ahead(batch, options.steps, options.workers)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        listening = step / options.steps < LISTENING_SHARE
+        return training.losses(data(step), letters=LISTENING_LETTERS if listening else 1.0)
+
+    progress = Loop(STAGE, training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)
     write_configs(options.checkpoint)
     write_encoder(options.checkpoint, training)
+    leave(STAGE, progress, options.steps)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ from kimia.model.flow import COMMIT_TIME, TIME_SCALE
 from kimia.model.layout import FLOW_PREFIX
 from kimia.model.vq import load_vq
 from kimia.model.writing import write_torch
+from training.ahead import Ahead
 from training.config import trainer_configs, write_configs
 from training.corpus import load_clips
 from training.heads import take_over
 from training.loop import Loop, averaged_weights, fast_products
-from training.options import plan_of, trainer_parser
+from training.options import leave, plan_of, trainer_parser
 from training.speaking import FRAMES_PER_TOKEN, Speaking, Spoken
 from training.voices import SPEAKER
 
@@ -91,10 +92,10 @@ class FlowTraining(nn.Module):
 
     def matching(self, mel: Tensor, chunk: Chunk, generator: torch.Generator) -> Tensor:
         """Squared error of the velocity at a random time, of clean mel (B, T, M)."""
-        noise = torch.randn(mel.shape, generator=generator)
-        index = torch.randint(TIME_SCALE, (len(mel),), generator=generator)
+        noise = torch.randn(mel.shape, generator=generator).to(mel.device)
+        index = torch.randint(TIME_SCALE, (len(mel),), generator=generator).to(mel.device)
         time = (index / TIME_SCALE)[:, None, None]
-        with fast_products():
+        with fast_products(mel.device):
             velocity = self.dit((1 - time) * noise + time * mel, self.dit.t_embedder(index), chunk).float()
         error: Tensor = velocity - (mel - noise)
         return error.square()
@@ -102,7 +103,7 @@ class FlowTraining(nn.Module):
     def committed(self, mel: Tensor, codes: Tensor, start: int, prefix: _Layers) -> _Layers:
         """The prefix with a finished chunk's keys and values behind it."""
         chunk = self.chunk(codes, start, prefix)
-        with fast_products():
+        with fast_products(mel.device):
             self.dit(mel, self.dit.embed_times((COMMIT_TIME,)), chunk)
         return _layers(list(chunk.cache.keys), list(chunk.cache.values))
 
@@ -114,6 +115,7 @@ class FlowTraining(nn.Module):
         tokens = min(len(one.codes) for one in spoken)
         mel = torch.stack([one.mel[: tokens * FRAMES_PER_TOKEN] for one in spoken])
         codes = self._disturbed(torch.stack([one.codes[:tokens] for one in spoken]), generator)
+        mel, codes = mel.to(self.dit.device), codes.to(self.dit.device)
         prefix, squares = self.empty(len(spoken)), []
         for begin, kept, end in cuts(rng, tokens, self.recipe):
             position = begin * FRAMES_PER_TOKEN
@@ -122,7 +124,8 @@ class FlowTraining(nn.Module):
             squares.append(self.matching(mel[:, inside], chunk, generator).flatten())
             if end < tokens:
                 clean = mel[:, position : kept * FRAMES_PER_TOKEN]
-                noisy = clean + self.recipe.commit_noise * torch.randn(clean.shape, generator=generator)
+                noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+                noisy = clean + self.recipe.commit_noise * noise
                 prefix = self.committed(noisy, codes[:, begin:kept], position, prefix)
         return {"velocity": torch.cat(squares).mean()}
 
@@ -185,13 +188,17 @@ def main() -> None:
     if options.start is not None:
         read_flow(options.start, training)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        return training.losses(speaking.batch(step, options.batch), step)
+    # The tokenizer that codes the clips stays on the CPU, where the data are made
+    data = Ahead(lambda step: speaking.batch(step, options.batch), options.steps, options.workers)
 
-    Loop("flow", training, losses, plan_of(options), options.run).run()
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(data(step), step)
+
+    progress = Loop("flow", training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)
     write_configs(options.checkpoint)
     write_flow(options.checkpoint, training)
+    leave("flow", progress, options.steps)
 
 
 if __name__ == "__main__":

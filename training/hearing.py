@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -57,8 +57,12 @@ class Batch:
     @property
     def frames(self) -> Tensor:
         """(B, J) true for the frames of a clip."""
-        starts = torch.arange(self.taught.shape[1]) * FRAME_SAMPLES
+        starts = torch.arange(self.taught.shape[1], device=self.samples.device) * FRAME_SAMPLES
         return starts < self.samples[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{each.name: getattr(self, each.name).to(device) for each in fields(self)})
 
 
 class Hearing:

@@ -12,6 +12,7 @@ Shapes: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +31,11 @@ from kimia.model.lm import DualTrackLM, Row, load_lm, stack
 from kimia.model.prompt import Encoded, build_prompt
 from kimia.model.text import TextTokenizer
 from kimia.model.writing import write_safetensors
+from training.ahead import Ahead
 from training.config import trainer_configs
 from training.heads import take_over
 from training.loop import Loop, averaged_weights, fast_products
-from training.options import plan_of, trainer_parser
+from training.options import deadline, leave, plan_of, trainer_parser, unfinished
 from training.tasks import Example, Part
 from training.voices import Cache
 
@@ -121,7 +123,7 @@ class LanguageTraining(nn.Module):
 
     def losses(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
         """Cross entropy per target of either track."""
-        with fast_products():
+        with fast_products(self.lm.device):
             found = self.lm(stack([one.row for one in lessons], self.lm.device))
         return {
             "text": _cross_entropy(found.text_logits, [one.text_targets for one in lessons]),
@@ -203,29 +205,33 @@ def read_language_model(root: Path, training: LanguageTraining) -> None:
 
 def main() -> None:
     """Make lessons with the checkpoint's encoders, then train the language model on them."""
-    from training.classroom import Classroom, Lessons, make_shard  # it needs this module
+    from training.classroom import Classroom, Lessons, make_shards  # it needs this module
 
     parser = trainer_parser(main.__doc__, steps=6000, batch=16, rate=1e-3)
     parser.add_argument("--shards", type=int, default=20, help="of lessons")
     parser.add_argument("--shard-size", type=int, default=500, help="lessons")
     options = parser.parse_args()
+    until = deadline(options)
     root, config = options.checkpoint, trainer_configs().lm
     encoder = AudioEncoder.load(open_checkpoint(root), config.adaptor_input_dim, "cpu", torch.float32)
     classroom = Classroom(encoder, TextTokenizer.load(root, config), config, Cache(options.corpus))
     paths = [options.run / "lessons" / f"{number:04}.pt" for number in range(options.shards)]
-    for number, path in enumerate(paths):
-        make_shard(classroom, path, seed=number, count=options.shard_size)
+    if not make_shards(classroom, paths, options.shard_size, options.workers, until):
+        unfinished(f"lessons: {sum(path.exists() for path in paths)} of {len(paths)} shards are made")
     lessons, training = Lessons(paths, seed=5), LanguageTraining(config)
     if options.start is not None:
         read_language_model(options.start, training)
 
-    def losses(step: int) -> dict[str, Tensor]:
+    def batch(step: int) -> list[Lesson]:
         generator = torch.Generator().manual_seed(step)
-        return training.losses([disturbed(one, config, generator) for one in lessons.batch(step, options.batch)])
+        return [disturbed(one, config, generator) for one in lessons.batch(step, options.batch)]
 
-    Loop("language model", training, losses, plan_of(options), options.run).run()
+    data = Ahead(batch, options.steps, options.workers)
+    plan = replace(plan_of(options), seconds=until - time.monotonic())
+    progress = Loop("language model", training, lambda step: training.losses(data(step)), plan, options.run).run()
     averaged_weights(options.run, training)
     write_language_model(root, training)
+    leave("language model", progress, options.steps)
 
 
 if __name__ == "__main__":

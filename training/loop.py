@@ -7,6 +7,8 @@ Notes
 - A step's data depend on the seed and the step's number alone, so a resumed run sees what an uninterrupted one sees.
 - A loss that is not finite stops the run with the step's number; the state before that step is kept on disk.
 - `seconds` ends a run early at a resumable state: hours of training as slices of minutes.
+- The loop moves the module to the plan's device; a module moves its own batches. What is drawn is drawn on the CPU, so
+  that a seed means the same everywhere, and a state that one device has kept is gone on from on any other.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from kimia.errors import CheckpointError, NumericsError
 from kimia.model.writing import whole_file
 
 STATE, CURVE, HISTORY = "last.pt", "loss.png", "history.jsonl"
+CPU = torch.device("cpu")
 NOT_DRAWN = ("step", "seconds", "cpu_seconds", "rate")
 
 Losses = Mapping[str, Tensor]  # scalars; their sum is minimised
@@ -50,6 +53,7 @@ class Plan:
     seconds: float = math.inf  # after which the run ends, resumable
     save_every: float = 60.0  # seconds
     report_every: int = 20  # steps
+    device: torch.device = CPU
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Loop:
 
     def __init__(self, name: str, module: nn.Module, losses: LossOf, plan: Plan, folder: Path) -> None:
         self.name, self.module, self.losses, self.plan, self.folder = name, module, losses, plan, folder
+        module.to(plan.device)  # before the optimiser, which holds its parameters
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
             trained, plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
@@ -201,21 +206,31 @@ class Loop:
         path = self.folder / STATE
         if not path.exists():
             return False
+        # On the CPU whatever wrote it; what holds the state copies it to its own device
         state = torch.load(path, map_location="cpu", weights_only=True)
         try:
             self.module.load_state_dict(state["module"])
             self.optimiser.load_state_dict(state["optimiser"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: is of another model ({error}); delete it to begin anew") from error
-        self.averaged = state["averaged"]
+        for name, value in state["averaged"].items():
+            self.averaged[name].copy_(value)
         self.progress = Progress(state["step"], state["seconds"], state["cpu_seconds"], state["history"])
         return True
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights lie: all on one device."""
+    return next(module.parameters()).device
+
+
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """bfloat16 products where the processor has tiles for them (a third of the time there), float32 elsewhere."""
-    if torch.cpu._is_amx_tile_supported():
+def fast_products(device: torch.device) -> Iterator[None]:
+    """bfloat16 products on CUDA and where the processor has tiles for them, float32 elsewhere."""
+    if device.type == "cuda":
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    elif device.type == "cpu" and torch.cpu._is_amx_tile_supported():  # a third of the time there
         with torch.autocast("cpu", torch.bfloat16), _ExactAttention():
             yield
     else:
@@ -236,9 +251,9 @@ class _ExactAttention(TorchFunctionMode):
 
 
 def averaged_weights(folder: Path, module: nn.Module) -> nn.Module:
-    """Fill a module with the averaged weights of a run's folder. Raises CheckpointError."""
+    """Fill a module with the averaged weights of a run's folder, on the CPU. Raises CheckpointError."""
     path = folder / STATE
     if not path.exists():
         raise CheckpointError(f"{path}: no such run; train this stage first")
     module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["averaged"])
-    return module.eval()
+    return module.cpu().eval()

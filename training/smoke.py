@@ -28,7 +28,8 @@ from training.encoders import EncoderTraining, write_encoder
 from training.flow import FlowTraining, write_flow
 from training.hearing import Hearing
 from training.language_model import LanguageTraining, lesson, write_language_model
-from training.loop import Loop, LossOf, Plan
+from training.loop import CPU, Loop, LossOf, Plan
+from training.options import add_device
 from training.speaking import Speaking
 from training.tasks import Example, Part
 from training.vocoder import VocoderTraining, write_vocoder
@@ -53,11 +54,13 @@ class Smoke:
     folder: Path
     configs: MicroConfigs
     steps: int
+    device: torch.device = CPU
 
     def loop(self, name: str, module: nn.Module, losses: LossOf) -> None:
         """A few steps of one stage."""
-        plan = Plan(self.steps, 1e-3, warmup=1, report_every=1)
+        plan = Plan(self.steps, 1e-3, warmup=1, report_every=1, device=self.device)
         last = Loop(name, module, losses, plan, self.folder / name).run().history[-1]
+        module.cpu()  # the data of later stages are made there
         print(name, {key: round(value, 3) for key, value in last.items()})
 
     def run(self) -> Checkpoint:
@@ -73,7 +76,7 @@ class Smoke:
         write_encoder(root, encoder)
 
         vq = VQTraining(configs.vq, configs.vq_features, configs.flow, Recipe(continuous_steps=1))
-        vq.kept = [torch.randn(configs.vq.codebook_size, configs.vq.encoder.d_model)]
+        vq.kept = [torch.randn(configs.vq.codebook_size, configs.vq.encoder.d_model).to(self.device)]
         hearing = Hearing(clips, None, configs.vq_features, configs, seed=1)
         self.loop("vq", vq, lambda step: vq.losses(hearing.batch(step, 4), step))
         write_vq(root, vq)
@@ -117,9 +120,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, help="keep the folder here")
+    add_device(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        smoke = Smoke(options.out or Path(scratch), trainer_configs(), options.steps)
+        smoke = Smoke(options.out or Path(scratch), trainer_configs(), options.steps, options.device)
         size = load_all(smoke.run(), smoke.configs)
         print(f"loads strictly: {size / 1e6:.1f} MB of {LIMIT_BYTES / 1e6:.0f}")
         if size > LIMIT_BYTES:

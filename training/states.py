@@ -9,7 +9,10 @@ not heard again, so a broken-off run goes on with the next shard, and a corpus m
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +21,10 @@ from tqdm import tqdm
 
 from kimia.errors import CheckpointError
 from kimia.model.writing import whole_file
+from training.ahead import made
 from training.config import trainer_configs
 from training.corpus import Clip, Item, balanced, load_clips
+from training.options import add_slice, deadline, unfinished
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
 FOLDER = "taught"  # in a corpus
@@ -28,20 +33,40 @@ SHARD_CLIPS = 250
 States = Callable[[Clip], Tensor]  # of a clean clip: (J, TEACHER_WIDTH)
 
 
-def keep_states(folder: Path, clips: Sequence[Clip], teacher: Teacher, segment: int) -> None:
-    """Write the states of those clips of which none are kept yet; of each its first `segment` samples are heard."""
+@dataclass(frozen=True)
+class Listening:
+    """With how many processes, and until when by `time.monotonic`."""
+
+    workers: int = 0
+    until: float = math.inf
+
+
+def keep_states(
+    folder: Path, clips: Sequence[Clip], teacher: Teacher, segment: int, listening: Listening = Listening()
+) -> int:
+    """Write the states of those clips of which none are kept yet; of each its first `segment` samples are heard.
+
+    How many clips were not heard in time.
+    """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     kept = _kept(folder)
     missing = [clip for clip in clips if _key(clip.item) not in kept]
-    first = len(list((folder / FOLDER).glob("*.pt")))
-    starts = range(0, len(missing), SHARD_CLIPS)
-    for number, start in enumerate(tqdm(starts, desc="teacher", disable=None), first):
-        heard = [
-            (*_key(clip.item), teacher.hear(clip.heard()[:segment]).half().clone())
-            for clip in missing[start : start + SHARD_CLIPS]
-        ]
-        with whole_file(folder / FOLDER / f"{number:04}.pt") as partial, open(partial, "wb") as file:
+    # Behind the last: one that was broken off leaves a gap, and a number that is there is never written again
+    first = 1 + max((int(path.stem) for path in (folder / FOLDER).glob("*.pt")), default=-1)
+    shards = [missing[start : start + SHARD_CLIPS] for start in range(0, len(missing), SHARD_CLIPS)]
+
+    def keep(number: int) -> int:
+        heard = []
+        for clip in shards[number]:
+            if time.monotonic() >= listening.until:
+                return len(shards[number])
+            heard.append((*_key(clip.item), teacher.hear(clip.heard()[:segment]).half().clone()))
+        with whole_file(folder / FOLDER / f"{first + number:04}.pt") as partial, open(partial, "wb") as file:
             torch.save(heard, file)
+        return 0
+
+    done = made(keep, range(len(shards)), min(listening.workers, len(shards)))
+    return sum(tqdm(done, desc="teacher", total=len(shards), disable=None))
 
 
 def _kept(folder: Path) -> dict[tuple[str, str], Tensor]:
@@ -88,10 +113,14 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--speaker", type=int, help="clips of the speaking voice; all without")
     parser.add_argument("--callers", type=int, help="clips of callers; all without")
+    add_slice(parser)
     options = parser.parse_args()
+    listening = Listening(options.workers, deadline(options))
     configs = trainer_configs()
     clips = balanced(load_clips(options.corpus, "train"), options.speaker, options.callers)
-    keep_states(options.corpus, clips, load_teacher(), configs.whisper_features.segment_samples)
+    segment = configs.whisper_features.segment_samples
+    if missing := keep_states(options.corpus, clips, load_teacher(), segment, listening):
+        unfinished(f"teacher: {missing} of {len(clips)} clips are not heard yet")
 
 
 if __name__ == "__main__":

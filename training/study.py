@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from kimia.errors import ParameterError
 from kimia.model.vq import pool
+from training.ahead import Ahead
 from training.codebook import CodeTraining, Recipe, Weights, judge
 from training.config import MicroConfigs, trainer_configs
 from training.corpus import GROUPS, Clip, balanced, held_out
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing
 from training.listening import griffin_lim, word_errors
-from training.loop import Loop, Plan, averaged_weights
+from training.loop import Loop, averaged_weights, device_of
+from training.options import add_device, add_slice, leave, plan_of
 from training.scores import ErrorRate
 from training.states import taught_clips
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
@@ -45,6 +47,7 @@ class TaughtCodes(CodeTraining):
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The named losses of a step, weighted."""
+        batch = batch.to(device_of(self))
         return self.code_losses(self.hidden(batch.taught), batch, step)
 
     def codes_of(self, clip: Clip, teacher: Teacher) -> Tensor:
@@ -89,21 +92,27 @@ def main() -> None:
     parser.add_argument("--mel", type=float, default=2.0, help="weight of the speaker's mel")
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--listen", type=int, default=0, help="clips of the speaker that the judge listens to")
+    add_slice(parser)
+    add_device(parser)
     options = parser.parse_args()
     configs = trainer_configs()
     recipe = Recipe(options.continuous, Weights(mel=options.mel))
     width = configs.vq.encoder.d_model
     training = TaughtCodes(configs.vq.codebook_size, width, configs.flow.mel_bins, recipe)
-    teacher = load_teacher()
     clips, states = taught_clips(options.corpus)
     hearing = Hearing(clips, states, configs.vq_features, configs, seed=1)
     alone = Hearing(balanced(clips, None, 0), states, configs.vq_features, configs, seed=1)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        return training.losses((alone if step < ALONE_STEPS else hearing).batch(step, BATCH), step)
+    data = Ahead(
+        lambda step: (alone if step < ALONE_STEPS else hearing).batch(step, BATCH), options.steps, options.workers
+    )
 
-    Loop("study", training, losses, Plan(options.steps, options.rate), options.run).run()
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(data(step), step)
+
+    leave("study", Loop("study", training, losses, plan_of(options), options.run).run(), options.steps)
     averaged_weights(options.run, training)
+    teacher = load_teacher()
     if options.listen:
         clips = held_out(options.corpus, "speaker", options.listen)
         print(*listen(training, clips, hearing, teacher).items(), sep="\n", flush=True)

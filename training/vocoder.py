@@ -28,11 +28,12 @@ from kimia.model.checkpoint import ARCHIVE, Source, Stored
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.random_weights import _lowpass
 from kimia.model.writing import write_torch
+from training.ahead import Ahead
 from training.config import trainer_configs, write_configs
 from training.corpus import load_clips
 from training.heads import take_over
-from training.loop import Loop, averaged_weights
-from training.options import plan_of, trainer_parser
+from training.loop import Loop, averaged_weights, device_of
+from training.options import leave, plan_of, trainer_parser
 from training.speaking import Speaking, Spoken
 from training.voices import SPEAKER
 
@@ -61,6 +62,8 @@ class VocoderTraining(nn.Module):
         mel, wave = torch.stack(mels), torch.stack(waves)  # (B, T, M), (B, S)
         disturbed = (torch.rand(len(mel), 1, 1, generator=generator) < DISTURBED) * DISTURBANCE
         heard = mel + disturbed * torch.randn(mel.shape, generator=generator)
+        device = device_of(self)
+        heard, wave = heard.to(device), wave.to(device)
         filtered(self.vocoder, step >= self.plain_steps)
         made = self.vocoder((heard * self.flow.mel_std + self.flow.mel_mean).transpose(1, 2))
         return {"mel": MEL_WEIGHT * self.mel_error(made, wave), "spectra": spectra_error(made, wave)}
@@ -104,7 +107,7 @@ def _spectrum_error(made: Tensor, wave: Tensor, window: int, hop: int) -> Tensor
 
 
 def _magnitude(wave: Tensor, window: int, hop: int) -> Tensor:
-    shape = torch.hann_window(window)
+    shape = torch.hann_window(window, device=wave.device)
     spectrum = torch.stft(wave, window, hop, window, shape, return_complex=True)
     return torch.view_as_real(spectrum).square().sum(-1).clamp(min=1e-6).sqrt()
 
@@ -161,13 +164,16 @@ def main() -> None:
     if options.start is not None:
         read_vocoder(options.start, training)
 
-    def losses(step: int) -> dict[str, Tensor]:
-        return training.losses(speaking.batch(step, options.batch), step)
+    data = Ahead(lambda step: speaking.batch(step, options.batch), options.steps, options.workers)
 
-    Loop("vocoder", training, losses, plan_of(options, clip=3.0), options.run).run()
+    def losses(step: int) -> dict[str, Tensor]:
+        return training.losses(data(step), step)
+
+    progress = Loop("vocoder", training, losses, plan_of(options, clip=3.0), options.run).run()
     averaged_weights(options.run, training)
     write_configs(options.checkpoint)
     write_vocoder(options.checkpoint, training)
+    leave("vocoder", progress, options.steps)
 
 
 if __name__ == "__main__":

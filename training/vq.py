@@ -20,6 +20,7 @@ from kimia.model.config import FeatureConfig, FlowConfig, VQConfig
 from kimia.model.vq import VQTokenizer, load_vq
 from kimia.model.whisper import encoder_source
 from kimia.model.writing import whole_file, write_safetensors
+from training.ahead import Ahead
 from training.codebook import CodeTraining, Recipe
 from training.config import trainer_configs, write_configs
 from training.corpus import Clip
@@ -27,8 +28,8 @@ from training.encoders import EncoderTraining, read_encoder
 from training.heads import read_heads, take_over, write_heads
 from training.hearing import FRAMES_PER_TOKEN, Batch, Hearing, lesson_loss
 from training.initial import initialise
-from training.loop import Loop, averaged_weights, fast_products
-from training.options import plan_of, trainer_parser
+from training.loop import Loop, averaged_weights, device_of, fast_products
+from training.options import leave, plan_of, trainer_parser
 from training.states import taught_clips
 from training.study import TaughtCodes, load_study
 from training.teacher import TEACHER_WIDTH
@@ -69,7 +70,9 @@ class VQTraining(CodeTraining):
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The named losses of a step, weighted."""
-        with fast_products():
+        device = device_of(self)
+        batch = batch.to(device)
+        with fast_products(device):
             states = dict(self.tokenizer.states(batch.mel, batch.samples))
             guessed = self.pupil(states[self.last_layer])
         hidden = states["hidden"].float()
@@ -134,7 +137,7 @@ def main() -> None:
     configs = trainer_configs()
     recipe = Recipe(continuous_steps=0, still_steps=round(STILL_SHARE * options.steps))
     training = VQTraining(configs.vq, configs.vq_features, configs.flow, recipe)
-    training.guide = (load_study(options.study, configs),)
+    training.guide = (load_study(options.study, configs).to(options.device),)
     if options.start is not None:
         read_vq(options.start, training)
     else:
@@ -142,14 +145,16 @@ def main() -> None:
         read_encoder(options.checkpoint, encoder)
         training.begin(encoder, training.guide[0])
     hearing = Hearing(*taught_clips(options.corpus), configs.vq_features, configs, seed=1)
+    data = Ahead(lambda step: hearing.batch(step, options.batch), options.steps, options.workers)
 
     def losses(step: int) -> dict[str, Tensor]:
-        return training.losses(hearing.batch(step, options.batch), step)
+        return training.losses(data(step), step)
 
-    Loop(STAGE, training, losses, plan_of(options), options.run).run()
+    progress = Loop(STAGE, training, losses, plan_of(options), options.run).run()
     averaged_weights(options.run, training)
     write_configs(options.checkpoint)
     write_vq(options.checkpoint, training)
+    leave(STAGE, progress, options.steps)
 
 
 if __name__ == "__main__":
