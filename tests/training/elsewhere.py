@@ -82,5 +82,8 @@ def elsewhere():
     def tensor(data, *, dtype=None, device=None):  # torch.tensor itself asks nobody before it makes a meta tensor
         return plain(data, dtype=dtype).to(device)
 
-    with mock.patch("torch.tensor", tensor), _Dispatch():
+    def new_tensor(self, data):
+        return plain(data, dtype=self.dtype).to(self.device)
+
+    with mock.patch("torch.tensor", tensor), mock.patch("torch.Tensor.new_tensor", new_tensor), _Dispatch():
         yield ELSEWHERE

@@ -10,7 +10,7 @@ from kimia.errors import AudioError, CheckpointError
 from kimia.model.encode import AudioEncoder, EncodedAudio
 from kimia.model.text import TextTokenizer
 from training import voices
-from training.classroom import Classroom, Lessons, make_shard, read_shard
+from training.classroom import Classroom, Lessons, make_shard, make_shards, read_shard
 from training.config import micro_configs, write_configs
 from training.tasks import Example, Part
 from training.voices import Cache, Voice
@@ -93,6 +93,18 @@ def test_a_shard_is_the_same_for_its_seed_and_made_once(classroom, tmp_path):
     heard = len(classroom.encoder.heard)
     make_shard(classroom, first, seed=1, count=6)
     assert len(classroom.encoder.heard) == heard
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12 and later
+def test_shards_of_other_processes_are_the_same_and_those_out_of_time_are_not_there(classroom, tmp_path):
+    paths = [tmp_path / f"{number}.pt" for number in range(3)]
+    assert not make_shards(classroom, paths, 4, 0, until=0.0)
+    assert not any(path.exists() for path in paths)
+    assert make_shards(classroom, paths, 4, 2)
+    assert classroom.encoder.heard == []
+    make_shard(classroom, tmp_path / "own.pt", seed=1, count=4)
+    ids = [[list(one.row.audio_ids) for one in read_shard(path)] for path in (paths[1], tmp_path / "own.pt")]
+    assert ids[0] == ids[1]
 
 
 def test_batches_are_of_like_length_and_repeatable(classroom, tmp_path):

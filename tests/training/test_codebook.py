@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.codebook import Codebook, Head, mel_loss
+from training.codebook import Codebook, CodeTraining, Head, Recipe, mel_loss
 from training.hearing import Hearing
 
 pytestmark = pytest.mark.unit
@@ -53,6 +53,16 @@ def test_dead_codes_begin_anew_at_states():
     assert book.restart(states) == 1
     assert torch.cdist(book.rows[3:], states).min() < 1e-4
     assert book.restart(states) == 0
+
+
+def test_a_run_that_goes_on_waits_for_as_many_states_as_codes():
+    torch.manual_seed(0)
+    training, real = CodeTraining(64, 8, 80, Recipe(continuous_steps=0)), torch.ones(1, 40, dtype=torch.bool)
+    hidden = torch.randn(1, 40, 8)
+    assert training._quantised(hidden, real, 5)[0] is hidden
+    assert not training.book.ready
+    assert training._quantised(hidden, real, 6)[0] is not hidden
+    assert training.book.ready
 
 
 def test_the_head_gives_four_frames_a_code():

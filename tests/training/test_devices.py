@@ -120,6 +120,7 @@ def test_a_tensor_left_behind_is_found():
             torch.arange(2) + layer.bias
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # no such no-op: elsewhere has numbers
 def test_a_run_of_the_cpu_goes_on_elsewhere_and_comes_back(tmp_path):
     def loop(device):
         module = nn.Linear(3, 1)

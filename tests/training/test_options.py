@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from training.options import plan_of, trainer_parser
+from kimia.errors import ParameterError
+from training.loop import Progress
+from training.options import UNFINISHED, leave, plan_of, trainer_parser
 
 pytestmark = pytest.mark.unit
 
@@ -25,3 +27,18 @@ def test_a_trainer_needs_its_places(capsys):
     with pytest.raises(SystemExit):
         trainer_parser(None, steps=1, batch=1, rate=1.0).parse_args(PLACES[:4])
     assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused():
+    parser = trainer_parser(None, steps=1, batch=1, rate=1.0)
+    assert plan_of(parser.parse_args([*PLACES, "--device", "cpu"])).device.type == "cpu"
+    with pytest.raises(ParameterError, match="CUDA devices"):
+        parser.parse_args([*PLACES, "--device", "cuda:99"])
+
+
+def test_a_slice_that_is_over_says_so_by_its_exit_code(capsys):
+    leave("vq", Progress(step=3), 3)
+    with pytest.raises(SystemExit) as left:
+        leave("vq", Progress(step=2), 3)
+    assert left.value.code == UNFINISHED
+    assert capsys.readouterr().out == "vq: 2 of 3 steps are done; the same command goes on\n"

@@ -8,7 +8,7 @@ from kimia.errors import CheckpointError
 from training.corpus import pack, write_list
 from training.hearing import FRAME_SAMPLES
 from training.smoke import tones
-from training.states import FOLDER, keep_states, placeless, taught_clips
+from training.states import FOLDER, Listening, keep_states, placeless, taught_clips
 from training.teacher import TEACHER_WIDTH
 
 pytestmark = pytest.mark.unit
@@ -72,6 +72,26 @@ def test_a_teacher_that_breaks_off_loses_its_last_shard_only(clips, tmp_path):
     rest = Ear()
     keep_states(tmp_path, clips, rest, SEGMENT)
     assert rest.heard == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12 and later
+def test_other_processes_hear_the_same(clips, tmp_path):
+    assert keep_states(tmp_path, clips, Ear(), SEGMENT, Listening(until=0.0)) == 5
+    assert list((tmp_path / FOLDER).iterdir()) == []
+    own = Ear()
+    assert keep_states(tmp_path, clips, own, SEGMENT, Listening(workers=2)) == 0
+    assert own.heard == 0
+    for clip in clips:
+        heard = Ear().hear(clip.heard()[:SEGMENT]).half()
+        torch.testing.assert_close(taught_clips(tmp_path)[1](clip), heard, rtol=0, atol=0)
+
+
+def test_a_gap_among_the_shards_overwrites_none(clips, tmp_path):
+    keep_states(tmp_path, clips, Ear(), SEGMENT)
+    (tmp_path / FOLDER / "0000.pt").unlink()
+    keep_states(tmp_path, clips, Ear(), SEGMENT)
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["0001.pt", "0002.pt", "0003.pt"]
+    assert len(taught_clips(tmp_path)[0]) == 5
 
 
 def test_a_corpus_that_was_never_heard_is_refused(clips, tmp_path):

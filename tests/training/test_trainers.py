@@ -58,6 +58,10 @@ def train(room, monkeypatch, trainer, run, *more):
         1,
         "--batch",
         2,
+        "--device",
+        "cpu",
+        "--workers",
+        0,
     ]
     monkeypatch.setattr(sys, "argv", [trainer.__name__, *map(str, [*words, *more])])
     trainer.main()
