@@ -19,21 +19,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-QUESTION := tests/golden/e2e/audio/clip_a2.wav
+MICRO_MODEL := checkpoints/micro
 
 demo: export OMP_NUM_THREADS = 1  # tiny matrices: threads would only wait for each other
-demo: $(STAMP)  ## a recorded question through the whole service, and where the time went
+demo: $(STAMP)  ## a phone call through the whole service, and where the time went
 	@mkdir -p demo
-	@test -d demo/model || $(BIN)/kimia checkpoint new --preset tiny demo/model
-	@echo; echo "The question is $(QUESTION), 2.1 s of LibriSpeech. What the model reads of it:"; echo
-	@$(BIN)/kimia explain --model demo/model --audio $(QUESTION) > demo/prompt.txt
+	@echo; echo "The caller asks $(MICRO_MODEL)/examples/order.wav. What the model reads of it:"; echo
+	@$(BIN)/kimia explain --model $(MICRO_MODEL) --audio $(MICRO_MODEL)/examples/order.wav > demo/prompt.txt
 	@awk '/^$$/ { exit } { line[++rows] = $$0 } END { for (n = 1; n <= rows; n++) if (n < 7 || n > rows - 4) print line[n]; else if (n == 7) print "  ..." }' demo/prompt.txt
-	@echo; echo "The service: an embedded Valkey, three stages, an orchestrator, each a process of its own. The answer:"; echo
-	@$(BIN)/kimia up --model demo/model --port 0 --run "$(BIN)/kimia talk $(QUESTION) --seed 7 --max-new-tokens 100 \
-	    --text-temperature 0.7 --audio-temperature 0.8 --audio-top-k 10 --out demo/answer.wav --waterfall demo/waterfall.svg"
-	@echo; echo "Speech: demo/answer.wav   where the time went: demo/waterfall.svg"
-	@echo "These weights are random: every stage really ran, but nothing was understood. With the real ones (26 GB of weights: a GPU of 32 GB or more):"
-	@echo "  .venv/bin/kimia up --model moonshotai/Kimi-Audio-7B-Instruct      and then      .venv/bin/kimia talk $(QUESTION)"
+	@echo; echo "The service: an embedded Valkey, three stages, an orchestrator, each a process of its own."; echo
+	@PATH="$(CURDIR)/$(BIN):$$PATH" kimia up --model $(MICRO_MODEL) --port 0 --run "sh $(MICRO_MODEL)/examples/call.sh demo"
+	@echo; echo "To be heard: demo/answer.wav, demo/number.wav, demo/recall.wav   where the time went: demo/waterfall.svg"
+	@echo "This is the micro model: it knows one shop's phone line and nothing else ($(MICRO_MODEL)/README.md)."
+	@echo "With the real weights (26 GB: a GPU of 32 GB or more):"
+	@echo "  .venv/bin/kimia up --model moonshotai/Kimi-Audio-7B-Instruct      and then      .venv/bin/kimia talk call.wav"
 
 test: export OMP_NUM_THREADS = 1  # as many processes as cores, and tiny matrices
 test: $(STAMP)  ## the tests, as continuous integration runs them

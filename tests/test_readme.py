@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_python_examples_run(tiny, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)).replace("demo/model", str(tiny))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+    code = code.replace('"checkpoints/micro"', f'"{tiny}"')
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["done"].steps == 60
