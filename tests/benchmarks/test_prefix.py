@@ -9,7 +9,7 @@ from tests.model.tiny_lm import CONFIG, random_lm
 
 pytestmark = pytest.mark.unit
 
-LM = random_lm(dataclasses.replace(CONFIG, max_positions=1024))
+LM = random_lm(dataclasses.replace(CONFIG, max_positions=1024, intermediate_size=64))
 
 
 def test_every_number_is_there() -> None:

@@ -602,7 +602,7 @@ async def test_a_running_turn_of_an_earlier_call_must_end_first(world):
 async def test_nothing_is_followed_for_a_client_that_vanished_as_its_turn_began(world, monkeypatch):
     await world.begin(ENDLESS)
     turns, vanish = world.hosts[0].desk.turns, asyncio.Event()
-    follow = turns.follow
+    follow = turns.follow_started
 
     async def followed(*args):
         following = await follow(*args)
@@ -613,7 +613,7 @@ async def test_nothing_is_followed_for_a_client_that_vanished_as_its_turn_began(
             return following
         raise AssertionError("not cancelled")
 
-    monkeypatch.setattr(turns, "follow", followed)
+    monkeypatch.setattr(turns, "follow_started", followed)
     async with world.call(session_id="s") as call:
         await call.ready()
         await call.send(text=pb.CallerText(text="tell me"))

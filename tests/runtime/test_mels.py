@@ -50,7 +50,7 @@ def spoken(count=3):
 
 async def put_away(blobs, chunks, published=()):
     outlet = MelOutlet(blobs, TURN, ("{0}", "t"), published)
-    return outlet, [await outlet.take(chunk) for chunk in chunks]
+    return outlet, [taken for chunk in chunks for taken in await outlet.take(chunk)]
 
 
 async def test_mels_go_away_and_come_back():
