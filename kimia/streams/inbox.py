@@ -214,14 +214,14 @@ class Feed:
 
     async def _read(self, log: Log, start: int, *, look: bool) -> tuple[list[Chunk], bool]:
         """What is new in a log and, looked at in the same round trip, whether the turn is over."""
-        reading = self._within_reach(self._inbox.read(self.turn_id, log, start))
+        reading = self._within_reach(lambda: self._inbox.read(self.turn_id, log, start))
         if not look:
             return await reading, False
         head, found = await asyncio.gather(self._head(), reading)
         return found, head.over
 
     async def _head(self) -> Head:
-        return await self._within_reach(self._looked_at())
+        return await self._within_reach(self._looked_at)
 
     async def _looked_at(self) -> Head:
         """The turn's head; where no worker can be told that it is too late to begin, this is told here."""
@@ -259,10 +259,10 @@ class Feed:
         finally:
             self._waiting.discard(bell)
 
-    async def _within_reach(self, look: Awaitable[T]) -> T:
+    async def _within_reach(self, look: Callable[[], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(self.patience()):
-                return await look
+                return await look()
         except TimeoutError as error:
             rule = "the journal cannot be reached; the turn goes on when it is back: resume it then"
             raise UnavailableError(rule, retry_after=LONGEST_PAUSE) from error
