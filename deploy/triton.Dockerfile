@@ -4,8 +4,10 @@
 #
 # It writes its model repository anew at each start, from the checkpoint in /models/current.
 
-# NOTE: any release whose Python is 3.11 or newer.
-FROM nvcr.io/nvidia/tritonserver:25.06-py3
+# NOTE: NVIDIA's image, under the name that your registry has it: any release whose Python is 3.11 or newer.
+#     docker build --build-arg TRITON_IMAGE=...
+ARG TRITON_IMAGE=tritonserver:25.06-py3
+FROM ${TRITON_IMAGE}
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore \

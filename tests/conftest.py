@@ -8,6 +8,7 @@ import structlog
 import torch
 
 from kimia.model.random_weights import new_checkpoint
+from tests.runtime.workers import house  # noqa: F401
 from tests.servers import journal_url, redis7_server, valkey_server, valkey_url  # noqa: F401  (fixtures for all)
 from tests.stores import stores  # noqa: F401
 

@@ -7,7 +7,6 @@ for what programs do not reach, or `Measured`, a profile that `benchmarks/gpu.sh
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from kimia.errors import ConfigError, ParameterError
 from kimia.model import cost
+from kimia.model.config import read_json
 from kimia.model.consistency import ModelConfigs
 from kimia.model.cost import Cost, FlowChunk
 from kimia.model.detokenize import UPSAMPLE
@@ -173,11 +173,8 @@ class Measured:
 
     @classmethod
     def read(cls, path: Path) -> Measured:
-        """From its file. Raises ConfigError."""
-        try:
-            profile = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
+        """From its file. Raises CheckpointError where it cannot be opened, else ConfigError."""
+        profile = read_json(path)
         if not isinstance(profile, dict):
             raise ConfigError(f"{path}: a profile is an object; name the file that benchmarks/gpu.sh has written")
         return cls(profile, str(path))

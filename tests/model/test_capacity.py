@@ -111,5 +111,5 @@ def test_calls_that_do_not_exist(wrong) -> None:
 def test_profiles_that_are_none(content, tmp_path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=r"gpu\.sh|cannot be read"):
+    with pytest.raises(ConfigError, match=r"gpu\.sh|cannot be parsed"):
         Measured.read(path)

@@ -9,9 +9,8 @@ from kimia.runtime.early import encode_early
 from kimia.runtime.fake import FakeTiming, FakeTokenizer, build
 from kimia.streams import keys
 from kimia.streams.early import Early
-from kimia.streams.wire import Wire
 from kimia.v1.turn_pb2 import Turn
-from tests.runtime.workers import SECONDS, House, computed, heard, input_log, new_turn, sound
+from tests.runtime.workers import SECONDS, computed, heard, input_log, new_turn, sound
 
 pytestmark = pytest.mark.unit
 
@@ -29,14 +28,6 @@ class Counting(FakeTokenizer):
         async for chunk in super().run(turn, inbox, published):
             self.made += len(chunk.encoded.codes)
             yield chunk
-
-
-@pytest.fixture
-async def house(valkey_url):
-    wire = await Wire.connect(valkey_url)
-    async with House(wire) as house:
-        yield house
-    await wire.aclose()
 
 
 def start_others(house):

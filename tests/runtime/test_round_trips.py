@@ -8,7 +8,7 @@ from kimia.runtime.fake import FakeLanguageModel, FakeTokenizer
 from kimia.stage import LLM, TOKENIZER
 from kimia.streams.wire import Wire
 from kimia.v1.turn_pb2 import Chunk, StageReport, Step
-from tests.runtime.workers import House, heard, input_log, new_turn, sound
+from tests.runtime.workers import heard, input_log, new_turn, sound
 
 pytestmark = pytest.mark.unit
 
@@ -30,14 +30,6 @@ class InStep:
             if chunk.final:
                 chunk.report.CopyFrom(StageReport(units=STEPS))
             yield chunk
-
-
-@pytest.fixture
-async def house(valkey_url):
-    wire = await Wire.connect(valkey_url)
-    async with House(wire) as house:
-        yield house
-    await wire.aclose()
 
 
 @pytest.fixture

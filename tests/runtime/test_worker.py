@@ -844,37 +844,36 @@ async def test_the_turn_of_a_dead_worker_is_taken_soon(patient):
     assert await served(house, holder, 2) == [other.consumer] * 2
 
 
-@pytest.mark.parametrize("patient", [SOON], indirect=True)
-async def test_the_turn_of_a_frozen_worker_is_taken_soon(patient, monkeypatch):
-    """It says that it lives and takes nothing."""
-    house, holder, other = patient
-    frozen = asyncio.Event()
+def freeze(worker, monkeypatch):
+    """A worker that says that it lives and takes nothing; the event that ends this."""
+    thawed = asyncio.Event()
 
     async def sweep(_):
-        await frozen.wait()
+        await thawed.wait()
         return []
 
-    monkeypatch.setattr(holder._jobs, "sweep", sweep)
+    monkeypatch.setattr(worker._jobs, "sweep", sweep)
+    return thawed
+
+
+@pytest.mark.parametrize("patient", [SOON], indirect=True)
+async def test_the_turn_of_a_frozen_worker_is_taken_soon(patient, monkeypatch):
+    house, holder, other = patient
+    thawed = freeze(holder, monkeypatch)
     assert set(await served(house, holder, 3)) <= {other.consumer, holder.consumer}
     assert await served(house, holder, 2) == [other.consumer] * 2  # it may have begun a look before
-    frozen.set()
+    thawed.set()
 
 
 @pytest.mark.parametrize("patient", [NEVER], indirect=True)
 async def test_a_worker_that_leaves_gives_back_what_it_left_to_another(patient, monkeypatch):
     house, holder, other = patient
-    frozen = asyncio.Event()
-
-    async def sweep(_):
-        await frozen.wait()
-        return []
-
-    monkeypatch.setattr(holder._jobs, "sweep", sweep)
+    thawed = freeze(holder, monkeypatch)
     await served(house, other)
     turn = new_turn(route=[LLM])
     await house.ask(turn, worker=holder.consumer)
     monkeypatch.undo()
-    frozen.set()
+    thawed.set()
     await house.leave(other, 1)
     assert (await house.ended(turn.id)).state == "done"
 

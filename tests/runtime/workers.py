@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from kimia.runtime.fake import build
 from kimia.runtime.local import run_route
 from kimia.runtime.rows import Rows
@@ -11,6 +13,7 @@ from kimia.streams import keys
 from kimia.streams.inbox import Inbox
 from kimia.streams.journal import Journal
 from kimia.streams.keys import LOGS
+from kimia.streams.wire import Wire
 from kimia.v1.audio_pb2 import ENCODING_PCM_S16LE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import ROLE_USER, Message, Text
 from kimia.v1.turn_pb2 import Chunk, InputAudio, Turn
@@ -134,3 +137,12 @@ async def eventually(condition):
     async with asyncio.timeout(SECONDS):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def house(valkey_url):
+    """Workers on a real server: none yet."""
+    wire = await Wire.connect(valkey_url)
+    async with House(wire) as house:
+        yield house
+    await wire.aclose()

@@ -10,9 +10,8 @@ from contextlib import aclosing
 import pytest
 
 from kimia.stage import DETOKENIZER, LLM
-from kimia.streams.wire import Wire
 from kimia.v1.conversation_pb2 import TrackSampling
-from tests.runtime.workers import House, eventually, new_turn
+from tests.runtime.workers import eventually, new_turn
 from tests.services.turns import text
 
 pytestmark = pytest.mark.parity
@@ -62,14 +61,6 @@ class Watched:
         async with aclosing(self.stage.run(turn, counted(), published)) as chunks:
             async for chunk in chunks:
                 yield chunk
-
-
-@pytest.fixture
-async def house(valkey_url):
-    wire = await Wire.connect(valkey_url)
-    async with House(wire) as house:
-        yield house
-    await wire.aclose()
 
 
 @pytest.mark.parametrize(("preset", "steps", "codes"), [("low-latency", 16, 6), ("upstream", 37, 18)])

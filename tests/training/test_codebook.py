@@ -76,3 +76,16 @@ def test_the_mel_counts_only_where_there_is_a_target(configs, hearing):
     exact = mel_loss(batch.spoken, batch)
     assert exact == 0
     assert mel_loss(batch.spoken + 1.0, batch) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_codes_stand_still_at_first(hearing):
+    torch.manual_seed(0)
+    training = CodeTraining(8, 4, 80, Recipe(continuous_steps=0, still_steps=2))
+    batch = hearing.batch(0, 4)
+    states = torch.randn(4, batch.frames.shape[1] // 4, 4)
+    training.book.begin(torch.randn(64, 4))
+    begun = training.book.rows.clone()
+    training.code_losses(states, batch, 1)
+    torch.testing.assert_close(training.book.rows, begun, rtol=0, atol=0)
+    training.code_losses(states, batch, 2)
+    assert not torch.equal(training.book.rows, begun)

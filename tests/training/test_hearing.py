@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from training.augment import Chances
-from training.hearing import EVENTS, FRAME_SAMPLES, Hearing, events_loss, lesson_loss, letters_loss
+from training.hearing import EVENTS, FRAME_SAMPLES, NEIGHBOURS, Hearing, events_loss, lesson_loss, letters_loss
 from training.scores import CLASSES
+from training.smoke import tones
 from training.teacher import TEACHER_WIDTH
 
 pytestmark = pytest.mark.unit
@@ -33,6 +34,12 @@ def test_a_step_s_batch_is_the_same_in_every_run(configs, tone_clips):
     torch.testing.assert_close(first.mel, again.mel, rtol=0, atol=0)
     assert first.letters.tolist() == again.letters.tolist()
     assert not torch.equal(first.mel, hearing(configs, tone_clips).batch(6, 4).mel)
+
+
+def test_neighbours_of_one_length_are_of_all_voices(configs):
+    listed = [tones(voice, "yes", 6, n) for voice in ("hibari", "flite-slt") for n in range(NEIGHBOURS)]
+    voices = [clip.item.voice for clip in hearing(configs, listed).clips[:NEIGHBOURS]]
+    assert 0.3 < voices.count("hibari") / NEIGHBOURS < 0.7
 
 
 def test_shapes_fit_together(configs, tone_clips):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kimia.errors import CheckpointError, NumericsError
-from training.loop import CURVE, HISTORY, STATE, Loop, Plan, averaged_weights
+from training.loop import CURVE, HISTORY, STATE, Loop, Plan, averaged_weights, fast_products
 
 pytestmark = pytest.mark.unit
 
@@ -121,3 +121,14 @@ def test_averaged_weights_trail_the_trained_ones(tmp_path):
 def test_averaged_weights_of_no_run_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="train this stage first"):
         averaged_weights(tmp_path, line())
+
+
+def test_fast_products_leave_attention_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    with fast_products(torch.device("cpu")):
+        assert (q @ q.transpose(-1, -2)).dtype is torch.bfloat16
+        mixed = torch.nn.functional.scaled_dot_product_attention(q.bfloat16(), q.bfloat16(), q, is_causal=True)
+    assert mixed.dtype is torch.float32
+    mixed.sum().backward()
+    assert q.grad is not None

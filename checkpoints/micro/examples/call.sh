@@ -13,6 +13,6 @@ echo "The answer, and where its time went:"
 kimia talk "$examples/order.wav" $sampling --out "$out/answer.wav" --waterfall "$out/waterfall.svg"
 echo "Another call of two turns: \"my order number is one two three\" (number.wav), then \"what is my order number\" (recall.wav):"
 # shellcheck disable=SC2086
-kimia talk "$examples/number.wav" $sampling --session call --out "$out/number.wav" 2> /dev/null
+kimia talk "$examples/number.wav" $sampling --session call --out "$out/number.wav" 2> "$out/number.txt" || { cat "$out/number.txt" >&2; exit 1; }
 # shellcheck disable=SC2086
-kimia talk "$examples/recall.wav" $sampling --session call --out "$out/recall.wav" 2> /dev/null
+kimia talk "$examples/recall.wav" $sampling --session call --out "$out/recall.wav" 2> "$out/recall.txt" || { cat "$out/recall.txt" >&2; exit 1; }
