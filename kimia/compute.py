@@ -121,8 +121,18 @@ def feature_bytes(features: torch.Tensor) -> bytes:
     return rows
 
 
-def feature_rows(data: bytes, kind: FeatureType.ValueType, width: int) -> torch.Tensor:
-    """The rows (N, width) that `feature_bytes` wrote. Raises AudioError when the bytes do not make whole rows."""
+def feature_rows(data: bytes | bytearray, kind: FeatureType.ValueType, width: int) -> torch.Tensor:
+    """The rows (N, width) that `feature_bytes` wrote. Raises AudioError when the bytes do not make whole rows.
+
+    They lie in `data` itself where it is a bytearray, else in a copy, since tensors may be written to.
+    """
+    row_count(data, kind, width)
+    own = data if isinstance(data, bytearray) else bytearray(data)
+    return torch.frombuffer(own, dtype=_FEATURE_DTYPES[kind]).reshape(-1, width)
+
+
+def row_count(data: bytes | bytearray, kind: FeatureType.ValueType, width: int) -> int:
+    """How many rows of features the bytes hold. Raises AudioError when they do not make whole rows."""
     if not data:
         raise AudioError("the continuous features are missing")
     dtype = _FEATURE_DTYPES.get(kind)
@@ -130,7 +140,7 @@ def feature_rows(data: bytes, kind: FeatureType.ValueType, width: int) -> torch.
         raise AudioError(f"feature_type {kind} is not known; use F32, BF16 or F16")
     if width < 1 or len(data) % (width * dtype.itemsize):
         raise AudioError(f"{len(data)} bytes of features are no whole rows of {width} values")
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(-1, width)
+    return len(data) // (width * dtype.itemsize)
 
 
 async def replayed(*chunks: Chunk) -> AsyncIterator[Chunk]:

@@ -62,8 +62,8 @@ def bytes_per_sample(encoding: Encoding.ValueType) -> int:
 # ---- bytes to samples and back ----------------------------------------------------------------------------------
 
 
-def decode(data: bytes, format: AudioFormat) -> np.ndarray:
-    """Samples (S,) float32 at the format's rate, full scale 1.0.
+def decode(data: bytes | bytearray | memoryview, format: AudioFormat) -> np.ndarray:
+    """Samples (S,) float32 at the format's rate, full scale 1.0. Theirs is the only memory taken; `data` is not kept.
 
     Raises AudioError when the bytes are no whole number of samples, RequestError for a file.
     """
@@ -73,12 +73,17 @@ def decode(data: bytes, format: AudioFormat) -> np.ndarray:
             f"{len(data)} bytes are no whole number of {NAMES[format.encoding]} samples ({size} bytes each)"
         )
     if format.encoding == ENCODING_PCM_S16LE:
-        return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(FULL_SCALE)
+        return _scaled(np.frombuffer(data, "<i2"))
     if format.encoding == ENCODING_PCM_F32LE:
         return np.frombuffer(data, "<f4").astype(np.float32)
     levels = MULAW_LEVELS if format.encoding == ENCODING_MULAW else ALAW_LEVELS
-    decoded: np.ndarray = levels[np.frombuffer(data, np.uint8)].astype(np.float32) / np.float32(FULL_SCALE)
-    return decoded
+    return _scaled(levels[np.frombuffer(data, np.uint8)])
+
+
+def _scaled(words: np.ndarray) -> np.ndarray:
+    """16-bit words (S,) as float32 of full scale 1.0, in one pass: a power of two scales without rounding."""
+    samples: np.ndarray = np.multiply(words, np.float32(1 / FULL_SCALE), dtype=np.float32)
+    return samples
 
 
 def encode(samples: np.ndarray, format: AudioFormat) -> bytes:
@@ -92,12 +97,17 @@ def encode(samples: np.ndarray, format: AudioFormat) -> bytes:
     words = to_s16(samples)
     if format.encoding == ENCODING_PCM_S16LE:
         return words.tobytes()
-    return (_mulaw if format.encoding == ENCODING_MULAW else _alaw)(words).tobytes()
+    codes = MULAW_CODES if format.encoding == ENCODING_MULAW else ALAW_CODES
+    data: bytes = codes[words.view("<u2")].tobytes()
+    return data
 
 
 def to_s16(samples: np.ndarray) -> np.ndarray:
     """Samples (S,) of full scale 1.0 as signed 16-bit little-endian words: nearest, halves to even, clipped."""
-    words: np.ndarray = np.clip(np.rint(samples * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype("<i2")
+    scaled = samples * FULL_SCALE
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled)
+    words: np.ndarray = scaled.astype("<i2")
     return words
 
 
@@ -141,3 +151,8 @@ def _alaw(words: np.ndarray) -> np.ndarray:
     """Codes (S,) uint8 of 16-bit words (S,); zero counts as positive."""
     place = np.searchsorted(_ALAW_DECISIONS, np.abs(words.astype(np.int32)), side="right")
     return (np.where(words < 0, place, place | 0x80) ^ 0x55).astype(np.uint8)
+
+
+_WORDS = np.arange(1 << 16, dtype="<u2").view("<i2")  # every 16-bit word, in the order of its bits
+MULAW_CODES = _mulaw(_WORDS)  # (65536,)
+ALAW_CODES = _alaw(_WORDS)  # (65536,)

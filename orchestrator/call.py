@@ -51,7 +51,7 @@ from orchestrator.session import (
     SubmitTurn,
 )
 from orchestrator.sound import output_format
-from orchestrator.turn import Turns, Wanted, separated
+from orchestrator.turn import Turns, Wanted, piece_of_sound, separated
 
 QUEUED_RESPONSES = 16  # between the readers of a turn and a slow client
 
@@ -318,11 +318,11 @@ class Call:
             raise RuntimeError("there is no open turn")
         if action.collected is not None:
             await self._remember_collected(self._input.turn_id, action)
-        pieces = [] if action.ends is None else [InputAudio(clip=action.ends, clip_end=True)]
-        pieces.append(InputAudio(clip=action.clip, data=action.data))
-        for piece in pieces:
-            self._unstored.append(Chunk(index=self._next_chunk, input=piece))
+        if action.ends is not None:
+            self._unstored.append(Chunk(index=self._next_chunk, input=InputAudio(clip=action.ends, clip_end=True)))
             self._next_chunk += 1
+        self._unstored.append(piece_of_sound(self._next_chunk, action.clip, action.data))
+        self._next_chunk += 1
         self._unstored_index = action.index
 
     async def _store(self) -> None:

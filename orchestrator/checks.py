@@ -212,11 +212,12 @@ def _check_spoken(spoken: Spoken, by_ids: bool, field: str) -> None:
 def _check_clip(clip: Clip, field: str) -> None:
     _check_private(clip, field)
     check_format(clip.format, f"{field}.format", files=True)
-    if not clip.data:
+    data = clip.data  # read once: each look at a field of bytes copies it
+    if not data:
         raise RequestError("is empty; give the sound", field=f"{field}.data")
     if clip.format.encoding != ENCODING_FILE:
-        check_samples(clip.data, clip.format, f"{field}.data")
-        if sound_seconds(len(clip.data), clip.format) > LONGEST_CLIP:
+        check_samples(data, clip.format, f"{field}.data")
+        if sound_seconds(len(data), clip.format) > LONGEST_CLIP:
             raise RequestError(f"is longer than {LONGEST_CLIP:g} s; shorten it", field=f"{field}.data")
 
 

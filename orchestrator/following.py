@@ -16,7 +16,7 @@ from typing import TypeVar
 from kimia.errors import RequestError
 from kimia.stage import DETOKENIZER, LLM, StageKind, route_of
 from kimia.streams.inbox import Feed
-from kimia.v1.kimi_audio_pb2 import AudioChunk, TextDelta, TurnEvent, TurnStarted
+from kimia.v1.kimi_audio_pb2 import TextDelta, TurnEvent, TurnStarted
 from kimia.v1.turn_pb2 import Chunk, StageReport, StopReason, Turn
 from orchestrator import records
 from orchestrator.sound import OutputSound, output_format
@@ -134,7 +134,9 @@ class Following:
         self._count_playback()
         if index < self.position.next_audio:
             return None
-        return TurnEvent(turn_id=self.turn.id, audio=AudioChunk(index=index, data=data))
+        event = TurnEvent(turn_id=self.turn.id)
+        event.audio.index, event.audio.data = index, data  # in place: a message given to another one is copied
+        return event
 
     def _count_playback(self) -> None:
         """A caller who plays without pause has waited whenever a piece comes after the last one was played."""

@@ -283,20 +283,21 @@ class Session:
         if audio.index > self.next_index:
             rule = f"leaves a gap: the next piece is {self.next_index}, got {audio.index}; send what is missing first"
             raise RequestError(rule, field="audio.index")
-        self._check_piece(audio.data)
+        data = audio.data  # read once: each look at a field of bytes copies it
+        self._check_piece(data)
         opening: list[Action] = [] if self._turn_open else [OpenTurn()]
         continues = self._continues_clip()
         if not continues:
             self._intake.clip("audio.data")
-        self._intake.sound(audio.data, self._config.input_format, "audio.data")
+        self._intake.sound(data, self._config.input_format, "audio.data")
         self.next_index = audio.index + 1
         if continues:
-            return [*opening, AppendAudio(audio.index, self.collected[-1].audio.number, audio.data)]
+            return [*opening, AppendAudio(audio.index, self.collected[-1].audio.number, data)]
         ends = self._last_clip()
         number = 0 if ends is None else ends + 1
         clip = Clip(format=self._config.input_format, number=number, source_number=number)
         self.collected.append(Message(role=ROLE_USER, audio=clip))
-        return [*opening, AppendAudio(audio.index, number, audio.data, ends, tuple(self.collected))]
+        return [*opening, AppendAudio(audio.index, number, data, ends, tuple(self.collected))]
 
     def _check_piece(self, data: bytes) -> None:
         form = self._config.input_format

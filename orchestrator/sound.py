@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import soxr
 
-from kimia.sound import encode
+from kimia.sound import decode, encode
 from kimia.v1.audio_pb2 import ENCODING_PCM_S16LE, AudioFormat
 from kimia.v1.turn_pb2 import Speech
 
 NATIVE_RATE = 24_000  # Hz, where the caller names no format
-FULL_SCALE = 32768.0
+NATIVE = AudioFormat(encoding=ENCODING_PCM_S16LE, sample_rate=NATIVE_RATE)  # decoded at whatever rate it has
 
 
 def output_format(wanted: AudioFormat) -> AudioFormat:
@@ -35,11 +35,11 @@ class OutputSound:
     def feed(self, speech: Speech, final: bool) -> bytes:
         """What this chunk adds; with the final one everything that the resampler held back. May be empty."""
         rate = speech.sample_rate or self._rate or self.form.sample_rate
+        pcm = speech.pcm  # read once: each look at a field of bytes copies it
         if rate == self.form.sample_rate and self.form.encoding == ENCODING_PCM_S16LE:
-            self.samples += len(speech.pcm) // 2
-            return speech.pcm
-        samples = np.frombuffer(speech.pcm, "<i2").astype(np.float32) / np.float32(FULL_SCALE)
-        resampled = self._resample(samples, rate, final)
+            self.samples += len(pcm) // 2
+            return pcm
+        resampled = self._resample(decode(pcm, NATIVE), rate, final)
         self.samples += len(resampled)
         return encode(resampled, self.form)
 

@@ -101,8 +101,8 @@ def prepared(turn_id: str, history: Sequence[Message], wanted: Wanted) -> Turn:
 
 def separated(turn_id: str, messages: Iterable[Message]) -> tuple[list[Message], list[Chunk]]:
     """Messages without their sound, and the input log of the turn that takes it."""
-    copies = []
-    pieces: list[InputAudio] = []
+    copies: list[Message] = []
+    chunks: list[Chunk] = []
     count = 0  # clips
     for message in messages:
         copy = Message()
@@ -114,19 +114,20 @@ def separated(turn_id: str, messages: Iterable[Message]) -> tuple[list[Message],
             if message.HasField("audio") or not clip.codes:
                 clip.source_turn, clip.source_number = turn_id, count
                 clip.number = count
-                pieces.extend(cut(data, count))
+                for start in range(0, len(data), LARGEST_PIECE):
+                    end = start + LARGEST_PIECE
+                    chunks.append(piece_of_sound(len(chunks), count, data[start:end], ends=end >= len(data)))
                 count += 1
-    last = len(pieces) - 1
-    return copies, [Chunk(index=at, input=piece, final=at == last) for at, piece in enumerate(pieces)]
+    if chunks:
+        chunks[-1].final = True
+    return copies, chunks
 
 
-def cut(data: bytes, clip: int) -> list[InputAudio]:
-    """A whole clip in pieces that a log takes."""
-    starts = range(0, len(data), LARGEST_PIECE)
-    return [
-        InputAudio(clip=clip, data=data[start : start + LARGEST_PIECE], clip_end=start == starts[-1])
-        for start in starts
-    ]
+def piece_of_sound(index: int, clip: int, data: bytes, *, ends: bool = False) -> Chunk:
+    """A chunk of an input log, filled in place: a message that is given to another one is copied with all its sound."""
+    chunk = Chunk(index=index)
+    chunk.input.clip, chunk.input.data, chunk.input.clip_end = clip, data, ends
+    return chunk
 
 
 # ---- running ----------------------------------------------------------------------------------------------------

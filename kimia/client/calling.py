@@ -57,8 +57,9 @@ class CallState:
                 f"sound must come in whole samples of {self._sample} bytes, got {len(data)} bytes; keep the rest back"
             )
         for start in range(0, len(data), self._piece):
-            piece = pb.CallerAudio(index=self._next_audio, data=bytes(data[start : start + self._piece]))
-            self._push(pb.ConverseRequest(audio=piece))
+            request = pb.ConverseRequest()
+            request.audio.index, request.audio.data = self._next_audio, bytes(data[start : start + self._piece])
+            self._push(request)
             self._next_audio += 1
 
     def text(self, text: str) -> None:

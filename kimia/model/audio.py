@@ -181,8 +181,9 @@ def _resampled(blocks: Iterable[np.ndarray], sample_rate: int, rate: int, name: 
 
 
 def _downmixed(block: np.ndarray, name: str) -> np.ndarray:
-    mono = block.mean(axis=1, dtype=np.float32)
-    if not np.abs(mono).max(initial=0.0) < MAX_AMPLITUDE:  # NaN compares false
+    one = block.shape[1] == 1 and block.dtype == np.float32  # its mean is itself
+    mono: np.ndarray = block[:, 0] if one else block.mean(axis=1, dtype=np.float32)
+    if not (mono.max(initial=0.0) < MAX_AMPLITUDE and mono.min(initial=0.0) > -MAX_AMPLITUDE):  # NaN compares false
         raise AudioError(f"{name}: holds NaN, infinite or absurdly large samples; full scale is 1.0")
     return mono
 

@@ -61,7 +61,10 @@ async def _pieces(bench: Bench, turn: Turn, sound: Sound) -> list[Chunk]:
     if (await bench.inbox.journal.head(turn.id)).state != "open":
         return []
     log_ = await bench.inbox.journal.read(turn.id, "input")
-    return [Chunk(input=chunk.input) for chunk in log_ if chunk.input.clip == sound.clip.number]
+    pieces = [chunk for chunk in log_ if chunk.HasField("input") and chunk.input.clip == sound.clip.number]
+    for piece in pieces:
+        piece.final = False
+    return pieces
 
 
 async def _note(bench: Bench, turn: Turn, stored: Sequence[Chunk]) -> None:

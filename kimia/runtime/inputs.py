@@ -89,6 +89,9 @@ def _pieces(log: Sequence[Chunk], sound: Sound) -> Iterator[Chunk]:
     wanted = sound.clip.source_number if sound.clip.source_turn else sound.clip.number
     for chunk in log:
         if chunk.HasField("input") and chunk.input.clip == wanted:
+            if wanted == sound.clip.number:  # no other clip of the turn has this number: the piece is nobody else's
+                yield chunk
+                continue
             piece = Chunk(input=chunk.input)
             piece.input.clip = sound.clip.number
             yield piece
@@ -156,12 +159,12 @@ class FeatureOutlet:
         self._held.append(chunk)
         if chunk.HasField("encoded"):
             key = self._key(chunk.encoded)
-            if chunk.encoded.features:
+            if chunk.encoded.feature_width:  # to ask for the features themselves is to copy them
                 chunk.encoded.feature_key = key
         if not (chunk.final or self._names.segment_ends(chunk.encoded) or len(self._held) >= AT_ONCE):
             return ()
         held, self._held = self._held, []
-        await self._store([chunk.encoded for chunk in held if chunk.encoded.features])
+        await self._store([chunk.encoded for chunk in held if chunk.encoded.feature_width])
         return [out for out in map(self._out, held) if out is not None]
 
     async def close(self, over: bool) -> None:
@@ -188,20 +191,19 @@ class FeatureOutlet:
         restored = chunk.HasField("encoded") and chunk.encoded.clip in self._known
         if restored and not chunk.final:
             return None
-        out = Chunk(final=chunk.final, index=self._written)
-        if chunk.HasField("encoded") and not restored:
-            out.encoded.CopyFrom(chunk.encoded)
-        if chunk.HasField("report"):
-            out.report.CopyFrom(chunk.report)
-        self._written += 1
-        return out
+        if restored:
+            chunk.ClearField("encoded")
+        chunk.index, self._written = self._written, self._written + 1
+        return chunk
 
 
 def _unnamed(encoded: Encoded) -> bytes:
-    blob = Encoded()
-    blob.CopyFrom(encoded)
-    blob.feature_key = ""
-    return blob.SerializeToString()
+    """What the blob holds: all but its own name, which is put back."""
+    key, encoded.feature_key = encoded.feature_key, ""
+    try:
+        return encoded.SerializeToString()
+    finally:
+        encoded.feature_key = key
 
 
 # ---- the tokenizer: features that are known ---------------------------------------------------------------------
@@ -292,6 +294,6 @@ async def _filled(blobs: Blobs, chunks: Sequence[Chunk]) -> bool:
             if data is None:
                 return False
             number = encoded.clip
-            encoded.CopyFrom(Encoded.FromString(data))
+            encoded.ParseFromString(data)
             encoded.clip = number
     return True

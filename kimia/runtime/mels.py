@@ -31,10 +31,10 @@ class MelOutlet:
 
     async def take(self, chunk: Chunk) -> Sequence[Chunk]:
         """The chunk to publish: its mel is being put away, and named instead."""
-        if chunk.speech.mel:
+        if mel := chunk.speech.mel:
             key = keys.mel(*self._place, self._turn_id, chunk.index)
             self._named.append(key)
-            self._storing.append(asyncio.create_task(self._store(key, chunk.speech.mel)))
+            self._storing.append(asyncio.create_task(self._store(key, mel)))
             chunk.speech.mel, chunk.speech.mel_key = b"", key
         return (chunk,)
 
@@ -58,7 +58,9 @@ class MelOutlet:
 
 async def with_mels(blobs: Blobs, published: Sequence[Chunk]) -> Sequence[Chunk]:
     """The same chunks with their mels in place, as far as they are still there."""
-    filled = [Chunk.FromString(chunk.SerializeToString()) for chunk in published]
+    filled = [Chunk() for _ in published]
+    for copy, chunk in zip(filled, published, strict=True):
+        copy.CopyFrom(chunk)
     named = [chunk.speech for chunk in filled if chunk.speech.mel_key]
     try:
         found = await blobs.get([speech.mel_key for speech in named]) if named else []

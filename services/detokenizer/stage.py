@@ -24,7 +24,7 @@ from kimia.runtime.settings import Settings
 from kimia.runtime.triton import TritonHost
 from kimia.sound import to_s16
 from kimia.stage import DETOKENIZER, StageKind
-from kimia.v1.turn_pb2 import FEATURE_TYPE_F32, Chunk, Speech, StageReport, Step, Turn
+from kimia.v1.turn_pb2 import FEATURE_TYPE_F32, Chunk, StageReport, Step, Turn
 from services.detokenizer.hosted import HostedVocoder
 from services.detokenizer.scheduler import Scheduler
 
@@ -113,11 +113,13 @@ class DetokenizerStage:
 
     def _spoken(self, synthesis: Synthesis, push: Push, pcm: Tensor) -> Chunk:
         """What a push has given out, and the mel it committed."""
-        speech = Speech(sample_rate=self.detokenizer.sample_rate, pcm=to_s16(pcm.numpy()).tobytes())
+        chunk = Chunk()
+        speech = chunk.speech  # filled in place: a message that is given to another one is copied with all its sound
+        speech.sample_rate, speech.pcm = self.detokenizer.sample_rate, to_s16(pcm.numpy()).tobytes()
         report = synthesis.report
         if not push.final and report is not None and report.committed is not None:
             speech.mel = feature_bytes(report.committed)
-        return Chunk(speech=speech)
+        return chunk
 
     def _committed(self, published: Sequence[Chunk]) -> list[Tensor]:
         """The mels of the first chunks, up to the first that has none."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import torch
 
 from kimia.clips import codes_known, wanted_sounds
-from kimia.compute import cut_off, feature_rows
+from kimia.compute import cut_off, feature_rows, row_count
 from kimia.errors import AudioError, ConversationError
 from kimia.model.config import LMConfig
 from kimia.model.conversation import Message, Role
@@ -144,14 +144,23 @@ def _joined(index: int, pieces: Sequence[Encoded], heard: bool, width: int) -> E
     if not heard:
         return CodesOnly(codes)
     try:
-        return EncodedAudio(codes, torch.cat([_rows(piece, width) for piece in pieces]))
+        return EncodedAudio(codes, _rows(pieces, width))
     except AudioError as error:
         raise AudioError(str(error), index) from error
 
 
-def _rows(piece: Encoded, width: int) -> torch.Tensor:
-    """The features of one piece (codes, width)."""
-    rows = feature_rows(piece.features, piece.feature_type, piece.feature_width)
-    if rows.shape != (len(piece.codes), width):
-        raise AudioError(f"features of shape {tuple(rows.shape)} do not fit {len(piece.codes)} codes and width {width}")
-    return rows
+def _rows(pieces: Sequence[Encoded], width: int) -> torch.Tensor:
+    """The features of the pieces of a clip (codes, width): read once, laid end to end once."""
+    kinds = {piece.feature_type for piece in pieces}
+    if len(kinds) > 1:  # of workers with different KIMIA_DTYPE
+        return torch.cat([_rows([piece], width) for piece in pieces])
+    data = [_checked_features(piece, width) for piece in pieces]
+    return feature_rows(bytearray().join(data), kinds.pop(), width)
+
+
+def _checked_features(piece: Encoded, width: int) -> bytes:
+    features, codes = piece.features, len(piece.codes)
+    rows = row_count(features, piece.feature_type, piece.feature_width)
+    if (rows, piece.feature_width) != (codes, width):
+        raise AudioError(f"features of shape {(rows, piece.feature_width)} do not fit {codes} codes and width {width}")
+    return features

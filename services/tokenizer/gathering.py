@@ -129,7 +129,6 @@ class ClipReader:
         size = len(self._unread)
         if not self.ended:
             size -= size % SAMPLE_BYTES[form.encoding]
-        block = decode(bytes(self._unread[:size]), form)
-        del self._unread[:size]
-        waves = [self._resampling.feed(block[:, None])]
+        unread, self._unread = self._unread, self._unread[size:]
+        waves = [self._resampling.feed(decode(memoryview(unread)[:size], form)[:, None])]
         return [*waves, self._resampling.finish()] if self.ended else waves

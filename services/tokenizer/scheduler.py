@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from kimia.compute import ComputeThread
 from kimia.model.audio import Segment
-from kimia.model.encode import SEGMENTS_AT_ONCE, AudioEncoder
+from kimia.model.encode import SEGMENTS_AT_ONCE, AudioEncoder, EncodedAudio
 from kimia.model.prompt import Encoded
 from kimia.pipeline import CodesOnly
 
@@ -76,7 +76,7 @@ class Scheduler:
 
     async def _encode(self, batch: Sequence[Job]) -> None:
         """Encode some segments together; an error of the whole is an error of each. The edge of the encoders."""
-        evaluation: Evaluation = self._encoder.encode_segments if batch[0].heard else self._codes
+        evaluation: Evaluation = self._both if batch[0].heard else self._codes
         compute = self._compute.turn()
         try:
             made = await compute.run(evaluation, [job.segment for job in batch])
@@ -89,6 +89,11 @@ class Scheduler:
             job.seconds = compute.seconds / len(batch)
             if not job.encoded.done():
                 job.encoded.set_result(encoded)
+
+    def _both(self, segments: Sequence[Segment]) -> list[EncodedAudio]:
+        """Features as they go on the wire: fetched from the device here, a segment at a time, not in the event loop."""
+        made = self._encoder.encode_segments(segments)
+        return [EncodedAudio(one.codes, one.features.cpu()) for one in made]
 
     def _codes(self, segments: Sequence[Segment]) -> list[CodesOnly]:
         return [CodesOnly(codes) for codes in self._encoder.codes_of_segments(segments)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 
 from kimia.clips import wanted_sounds
@@ -22,7 +22,7 @@ from kimia.runtime.triton import TritonHost
 from kimia.stage import TOKENIZER, StageKind
 from kimia.v1.audio_pb2 import ENCODING_PCM_S16LE, AudioFormat, Clip
 from kimia.v1.conversation_pb2 import ROLE_USER, Message
-from kimia.v1.turn_pb2 import Chunk, Encoded, InputAudio, StageReport, Turn
+from kimia.v1.turn_pb2 import Chunk, InputAudio, StageReport, Turn
 from services.tokenizer.gathering import ClipReader, Gathering
 from services.tokenizer.hosted import HostedEncoders
 from services.tokenizer.scheduler import Scheduler
@@ -82,7 +82,8 @@ class TokenizerStage:
                 async for piece in pieces:
                     if held is not None:
                         yield held
-                    held, index = Chunk(index=index, encoded=piece), index + 1
+                    piece.index = index
+                    held, index = piece, index + 1
             if chunk.final:
                 yield work.closed(held or Chunk(index=index))
                 return
@@ -106,7 +107,7 @@ class _Work:
         for chunk in published:
             self._given[chunk.encoded.clip] += len(chunk.encoded.codes)
 
-    async def encode(self, chunk: Chunk) -> AsyncGenerator[Encoded, None]:
+    async def encode(self, chunk: Chunk) -> AsyncGenerator[Chunk, None]:
         """The stretches that a piece of sound completes and that were not given out. Raises KimiaError."""
         clip = self._gathering.take(chunk)
         if clip is not None:
@@ -114,7 +115,7 @@ class _Work:
                 async for piece in pieces:
                     yield piece
 
-    async def _segments(self, clip: ClipReader) -> AsyncGenerator[Encoded, None]:
+    async def _segments(self, clip: ClipReader) -> AsyncGenerator[Chunk, None]:
         number = clip.sound.clip.number
         before = clip.seconds
         segments = await asyncio.to_thread(clip.read)
@@ -128,7 +129,7 @@ class _Work:
                 encoded = await job.encoded
                 self._seconds += job.seconds
                 for piece in stretches(number, encoded, last=clip.ended and job is jobs[-1]):
-                    self._done[number] += len(piece.codes)
+                    self._done[number] += len(piece.encoded.codes)
                     if self._done[number] > self._given[number]:
                         yield piece
         finally:
@@ -142,15 +143,16 @@ class _Work:
         return chunk
 
 
-def stretches(number: int, encoded: EncodedClip, *, last: bool) -> list[Encoded]:
-    """A segment of N positions as ceil(N / STRETCH) pieces; `last`: the clip ends with it."""
-    pieces = []
+def stretches(number: int, encoded: EncodedClip, *, last: bool) -> Iterator[Chunk]:
+    """A segment of N positions as ceil(N / STRETCH) chunks, made one by one; `last`: the clip ends with it."""
     for start in range(0, len(encoded.codes), STRETCH):
         end = start + STRETCH
-        piece = Encoded(clip=number, codes=encoded.codes[start:end], clip_end=last and end >= len(encoded.codes))
+        chunk = Chunk()
+        piece = chunk.encoded  # filled in place: a message that is given to another one is copied with its features
+        piece.clip, piece.clip_end = number, last and end >= len(encoded.codes)
+        piece.codes.extend(encoded.codes[start:end])
         if encoded.features is not None:
             rows = encoded.features[start:end]
             piece.features, piece.feature_type = feature_bytes(rows), FEATURE_TYPES[rows.dtype]
             piece.feature_width = rows.shape[1]
-        pieces.append(piece)
-    return pieces
+        yield chunk

@@ -4,12 +4,12 @@ from kimia.errors import StateError
 from kimia.model.philox import SEED_LIMIT
 from kimia.streams.journal import Playback
 from kimia.v1.audio_pb2 import ENCODING_FILE, ENCODING_MULAW, AudioFormat, Clip
-from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, ROLE_ASSISTANT, Message, Spoken, Text, TurnOptions
+from kimia.v1.conversation_pb2 import OUTPUT_TYPE_BOTH, ROLE_ASSISTANT, ROLE_USER, Message, Spoken, Text, TurnOptions
 from kimia.v1.session_pb2 import SessionRecord
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH, JOB_CLASS_INTERACTIVE, Caller
 from orchestrator.following import Position
 from orchestrator.session import LARGEST_PIECE
-from orchestrator.turn import Wanted, check_idle, cut, filled_options, prepared, separated
+from orchestrator.turn import Wanted, check_idle, filled_options, prepared, separated
 from tests.orchestrator.world import FORMAT, NATIVE, TEXT_ONLY, asks, speaks
 
 pytestmark = pytest.mark.unit
@@ -55,9 +55,11 @@ def test_the_question_follows_the_history():
 @pytest.mark.parametrize("size", [1, LARGEST_PIECE, LARGEST_PIECE + 1, 3 * LARGEST_PIECE])
 def test_a_clip_is_cut_without_loss(size):
     data = bytes(at % 251 for at in range(size))
-    pieces = cut(data, 4)
+    clip = Clip(format=FORMAT, data=data)
+    _, chunks = separated("s.1", [Message(role=ROLE_USER, audio=clip)] * 2)
+    pieces = [chunk.input for chunk in chunks if chunk.input.clip == 1]
     assert b"".join(piece.data for piece in pieces) == data
-    assert all(0 < len(piece.data) <= LARGEST_PIECE and piece.clip == 4 for piece in pieces)
+    assert all(0 < len(piece.data) <= LARGEST_PIECE for piece in pieces)
     assert [piece.clip_end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 

@@ -1,6 +1,7 @@
 """Segments of many turns: who comes next, what goes together, and what becomes of failures."""
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from kimia.compute import ComputeThread
 from kimia.model import encode
 from kimia.model.audio import cut
-from kimia.pipeline import CodesOnly
+from kimia.model.encode import EncodedAudio
 from services.tokenizer.scheduler import Scheduler
 from tests.model.plain_encoder import speech_like
 
@@ -29,7 +30,7 @@ class Encoder:
         self.batches.append(lengths)
         if set(lengths) & set(self.broken):
             raise MemoryError("too much")
-        return lengths
+        return [EncodedAudio((length,), torch.zeros(1, 2)) for length in lengths]
 
     def codes_of_segments(self, batch):
         self.batches.append([-len(segment.samples) for segment in batch])
@@ -48,8 +49,7 @@ def segments(length, count):
 
 
 async def results(jobs):
-    made = [await job.encoded for job in jobs]
-    return [one.codes[0] if isinstance(one, CodesOnly) else one for one in made]
+    return [(await job.encoded).codes[0] for job in jobs]
 
 
 async def test_nobodys_second_segment_comes_before_anybodys_first(compute):
@@ -91,3 +91,16 @@ async def test_a_failure_is_its_own_evaluations_alone(compute):
     scheduler.withdraw(bad)
     encoder.broken = ()
     assert await results(scheduler.submit(segments(10, 1), heard=True)) == [10]
+
+
+async def test_features_are_fetched_from_the_device_in_the_thread_that_made_them(compute):
+    class Rows:
+        """Stands for features on a GPU: where they are fetched from it."""
+
+        def cpu(self):
+            return threading.get_ident()
+
+    encoder = Encoder()
+    encoder.encode_segments = lambda batch: [EncodedAudio((1,), Rows()) for _ in batch]
+    [job] = Scheduler(encoder, compute).submit(segments(10, 1), heard=True)
+    assert (await job.encoded).features == await compute.turn().run(threading.get_ident)
