@@ -193,10 +193,11 @@ class KimiAudio:
 
     `load_detokenizer=False` never opens the detokenizer's files: answers are text. `text_only` also leaves the language
     model's audio branch out (about a quarter of its memory). Without `device` and `dtype`: bfloat16 on CUDA where there
-    is one, else float32 on the CPU. Raises CheckpointError.
+    is one, else float32 on the CPU. `quantize` ("int8", "fp8") quantises the language model's matrices. Raises
+    CheckpointError, ParameterError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # upstream's two; the rest, by name, says what is loaded and how
         self,
         model_path: str | Path,
         load_detokenizer: bool = True,
@@ -205,6 +206,7 @@ class KimiAudio:
         vq_tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
@@ -215,7 +217,7 @@ class KimiAudio:
         self.config: LMConfig = read_configs(checkpoint, detokenizer=speaks).lm
         self.tokenizer = TextTokenizer.load(checkpoint.root, self.config)
         self.encoder = AudioEncoder.load(checkpoint, self.config.adaptor_input_dim, self.device, self.dtype)
-        self.lm = load_lm(checkpoint.root, device=self.device, dtype=self.dtype, text_only=text_only)
+        self.lm = load_lm(checkpoint.root, device=self.device, dtype=self.dtype, text_only=text_only, quantize=quantize)
         self.detokenizer = Detokenizer.load(checkpoint, self.device, self.dtype) if speaks else None
         self.track_tokens = track_tokens(self.config, self.tokenizer)
 

@@ -47,6 +47,15 @@ def test_it_writes_down_what_a_stranger_says(micro, name, text):
     assert heard == text
 
 
+def test_with_int8_weights_it_hears_and_answers_the_same():
+    small = KimiAudio(MICRO, load_detokenizer=False, device="cpu", quantize="int8")
+    _, heard = small.generate([written("please write down what you hear"), said("order")], **GREEDY)
+    assert heard == "hello where is my order zero four five"
+    *_, done = small.stream([said("order")], **GREEDY)
+    assert done.text == "order zero four five was delivered yesterday"
+    assert done.stop == "audio_eod"
+
+
 def test_it_answers_in_text_and_speech_and_streams_what_it_would_say_at_once(micro):
     *pieces, done = micro.stream([said("order")], preset="low-latency", **GREEDY)
     assert isinstance(done, TurnDone)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kimia.pipeline import KimiAudio
 
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("int8", "fp8")  # those of kimia.model.quantize, which needs torch
 SAMPLING = {  # upstream's names, so that settings can be copied from its scripts
     "text_temperature": (float, 0.0, "0 takes the best token"),
     "text_top_k": (int, 5, "candidates; 0 takes all"),
@@ -42,6 +43,16 @@ def add_model(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
     if device:
         group.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)")
         group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """--quantize, where a language model is loaded."""
+    parser.add_argument(
+        "--quantize",
+        choices=SCHEMES,
+        help="weights of the language model's matrices in one byte (default: as --dtype says); `kimia verify MODEL "
+        "--quantize` measures what it costs",
+    )
 
 
 def model_location(args: argparse.Namespace) -> str:
@@ -143,6 +154,7 @@ def load_model(args: argparse.Namespace, *, load_detokenizer: bool, text_only: b
             vq_tokenizer=args.vq_tokenizer,
             device=args.device,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
+            quantize=args.quantize,
         )
     finally:
         print(file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kimia.cli.arguments import (
     add_chat,
     add_model,
+    add_quantize,
     add_sampling,
     chat_messages,
     load_model,
@@ -53,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "short waiting, or one that `kimia calibrate-flow` wrote",
     )
     add_model(parser)
+    add_quantize(parser)
     add_sampling(parser)
 
 

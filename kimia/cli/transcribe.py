@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO, TypeAlias
 
-from kimia.cli.arguments import add_model, load_model
+from kimia.cli.arguments import add_model, add_quantize, load_model
 from kimia.cli.service import add_server, open_client
 from kimia.errors import AudioError, ConversationError, KimiaError, ParameterError, RequestError
 
@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     add_server(parser, required=False)
     add_model(parser)
+    add_quantize(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,8 +58,9 @@ def _writer(args: argparse.Namespace) -> Iterator[Writer]:
     """Who does it: the service that was named, else the model, of which only what makes text is loaded."""
     options = {"max_new_tokens": args.max_new_tokens, "preset": "low-latency"}
     if args.server:
-        if args.device or args.dtype:
-            raise ParameterError("--device and --dtype are the service's own matter; leave them out, or --server")
+        if args.device or args.dtype or args.quantize:
+            rule = "--device, --dtype and --quantize are the service's own matter; leave them out, or --server"
+            raise ParameterError(rule)
         with open_client(args, PATIENCE) as kimia:
             yield lambda file: kimia.transcribe(file, args.instruction, batch=True, **options)
         return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kimia
-from kimia.cli.arguments import add_model, model_location
+from kimia.cli.arguments import add_model, add_quantize, model_location
 from kimia.cli.supervise import Console, Part, Supervisor
 from kimia.errors import ParameterError, UnavailableError
 from kimia.model.preset_file import PRESET_SUFFIX, PresetFile, files_of
@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kimia up`."""
     parser.epilog = EPILOG
     add_model(parser)
+    add_quantize(parser)
     group = parser.add_argument_group("service")
     group.add_argument("--fake", action="store_true", help="stages without a model, with the timing of a busy GPU")
     group.add_argument(
@@ -151,6 +152,7 @@ class Plan:
             "KIMIA_VQ_TOKENIZER": _absolute(self.args.vq_tokenizer) if self.args.vq_tokenizer else "",
             "KIMIA_DEVICE": self.args.device or "",
             "KIMIA_DTYPE": self.args.dtype or "",
+            "KIMIA_QUANTIZE": self.args.quantize or "",
             "KIMIA_PRESETS": ",".join(self.presets),
             "KIMIA_PRESET": self.args.preset,
             "PYTHONUNBUFFERED": "1",

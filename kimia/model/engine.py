@@ -251,7 +251,7 @@ def context_bytes(lm: DualTrackLM) -> int:
     """Memory of the KV of one turn that fills the context."""
     config = lm.config
     slots = config.layers + (0 if lm.text_only else config.mimo_layers)
-    return 2 * slots * config.kv_heads * config.head_dim * config.max_positions * lm.lm_head.weight.itemsize
+    return 2 * slots * config.kv_heads * config.head_dim * config.max_positions * lm.like.itemsize
 
 
 def part(row: Row, begin: int, end: int) -> Row:

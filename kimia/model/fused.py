@@ -167,6 +167,48 @@ class Norm:
         torch.mul(s.normed, self._weight, out=s.operand)
 
 
+class Matrix:
+    """A weight (N, K) and its bias, if it has one, as the step multiplies by them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight.t(), bias
+
+    def product(self, x: Tensor, out: Tensor) -> None:
+        """x (B, K) to out (B, N)."""
+        if self._bias is None:
+            torch.mm(x, self._weight, out=out)
+        else:
+            torch.addmm(self._bias, x, self._weight, out=out)
+
+    def add_product(self, s: Scratch, x: Tensor) -> None:
+        """`s.x` += the product of x (B, K), without bias."""
+        if s.columns:  # BLAS writes columns, s.x lies in rows
+            s.x.add_(torch.mm(x, self._weight, out=s.product))
+        else:
+            s.x.addmm_(x, self._weight)
+
+
+class QuantizedMatrix:
+    """The same of a weight that only its library knows how to multiply by."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def product(self, x: Tensor, out: Tensor) -> None:
+        """x (B, K) to out (B, N)."""
+        out.copy_(F.linear(x, self._weight, self._bias))
+
+    def add_product(self, s: Scratch, x: Tensor) -> None:
+        """`s.x` += the product of x (B, K), without bias."""
+        s.x.add_(F.linear(x, self._weight))
+
+
+def matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix | QuantizedMatrix:
+    """The one that the weight asks for."""
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return Matrix(weight, bias) if plain else QuantizedMatrix(weight, bias)
+
+
 class FusedLayer:
     """One decoder layer for one position of each row."""
 
@@ -174,22 +216,22 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         inputs = attention.q_proj, attention.k_proj, attention.v_proj
         self.slot = slot
-        self.qkv, self.gate_up = fuse(*inputs).t(), fuse(mlp.gate_proj, mlp.up_proj).t()
-        self.bias = torch.cat([part.bias for part in inputs])
-        self.out, self.down = attention.o_proj.weight.t(), mlp.down_proj.weight.t()
+        self.qkv = matrix(fuse(*inputs), torch.cat([part.bias for part in inputs]))
+        self.gate_up = matrix(fuse(mlp.gate_proj, mlp.up_proj))
+        self.out, self.down = matrix(attention.o_proj.weight), matrix(mlp.down_proj.weight)
         self.before, self.between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
 
     def __call__(self, s: Scratch, attend: Attention, rows: Sequence[int]) -> None:
         """`s.x` becomes what comes out of the layer; it means something for `rows` only."""
         self.before(s)
-        torch.addmm(self.bias, s.operand, self.qkv, out=s.qkv)
+        self.qkv.product(s.operand, s.qkv)
         rotate(s)
         mixed = attend(self.slot, rows)
-        add_product(s, s.operand.copy_(mixed) if s.columns else mixed, self.out)
+        self.out.add_product(s, s.operand.copy_(mixed) if s.columns else mixed)
         self.between(s)
-        torch.mm(s.operand, self.gate_up, out=s.gate_up)
+        self.gate_up.product(s.operand, s.gate_up)
         F.silu(s.gate, inplace=True).mul_(s.up)
-        add_product(s, s.gate, self.down)
+        self.down.add_product(s, s.gate)
 
 
 class Head:
@@ -197,12 +239,12 @@ class Head:
 
     def __init__(self, norm: RMSNorm, head: nn.Linear) -> None:
         self._norm = Norm(norm)
-        self._weight = head.weight.t()
+        self._matrix = matrix(head.weight)
 
     def __call__(self, s: Scratch, logits: Tensor) -> None:
         """Write the (B, V) logits of `s.x`."""
         self._norm(s)
-        torch.mm(s.operand, self._weight, out=logits)
+        self._matrix.product(s.operand, logits)
 
 
 class FusedLM:
@@ -219,7 +261,7 @@ class FusedLM:
         self._heads = [Head(lm.model.norm, lm.lm_head)]
         if not lm.text_only:
             self._heads.append(Head(lm.model.mimo_norm, lm.mimo_output))
-        self._scratch = Scratch(config, rows, lm.lm_head.weight)
+        self._scratch = Scratch(config, rows, lm.like)
         self._attend: Attention = TurnByTurn(self._scratch)
         self._angles = signed_angles(config, lm.device)
 
@@ -227,7 +269,7 @@ class FusedLM:
         """An empty cache for one turn; without `audio` it has no room for the audio branch."""
         config = self.lm.config
         slots = config.layers + (config.mimo_layers if audio else 0)
-        return TurnCache(slots, config.kv_heads, config.head_dim, self.lm.lm_head.weight)
+        return TurnCache(slots, config.kv_heads, config.head_dim, self.lm.like)
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[RowFeed], wanted: Wanted) -> Tensor:
@@ -319,11 +361,3 @@ def rotate(s: Scratch) -> None:
     if s.turned is not s.wide:
         s.turned.copy_(s.wide)
     s.values.copy_(s.given)
-
-
-def add_product(s: Scratch, x: Tensor, weight: Tensor) -> None:
-    """`s.x` += x @ weight; x (B, K), weight (K, H)."""
-    if s.columns:  # BLAS writes columns, s.x lies in rows
-        s.x.add_(torch.mm(x, weight, out=s.product))
-    else:
-        s.x.addmm_(x, weight)

@@ -259,9 +259,14 @@ class DualTrackLM(nn.Module):
             self.mimo_output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
+    def like(self) -> Tensor:
+        """A tensor of the place and type in which the model computes: other weights may be quantised."""
+        return self.model.norm.weight
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.lm_head.weight.device
+        return self.like.device
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` turns."""
@@ -297,7 +302,7 @@ class DualTrackLM(nn.Module):
                 raise AudioError(f"continuous features are {frames.shape[1]} wide, kimia_adaptor_input_dim is {wanted}")
         spots = [(row, begin + j) for row, begin, frames in tracks.continuous for j in range(frames.shape[0])]
         rows, positions = torch.tensor(spots, dtype=torch.long, device=self.device).reshape(-1, 2).unbind(1)
-        return rows, positions, torch.cat([frames.to(self.lm_head.weight) for _, _, frames in tracks.continuous])
+        return rows, positions, torch.cat([frames.to(self.like) for _, _, frames in tracks.continuous])
 
     def trunk(self, embeds: Tensor, extent: Extent) -> Tensor:
         """Layers 0..fork: (B, T, H) -> (B, T, H), what both branches read."""
@@ -337,14 +342,27 @@ def last_position(hidden: Tensor, extent: Extent) -> Tensor:
     return hidden[torch.arange(len(last), device=hidden.device), last]
 
 
-def load_lm(folder: Path, *, device: torch.device | str, dtype: torch.dtype, text_only: bool = False) -> DualTrackLM:
+def load_lm(
+    folder: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    text_only: bool = False,
+    quantize: str | None = None,
+) -> DualTrackLM:
     """The language model of a released checkpoint folder (`config.json` and the shards of the weight map).
 
-    text_only reads and allocates nothing of the audio branch. Raises CheckpointError and its kinds.
+    text_only reads and allocates nothing of the audio branch. `quantize` is a scheme of `kimia.model.quantize`; weights
+    are quantised when all are loaded. Raises CheckpointError and its kinds; ParameterError as `check_scheme` does.
     """
+    from kimia.model import quantize as quantization  # builds on this module
+
+    scheme = quantization.check_scheme(quantize, device)
     config = LMConfig.read(folder / "config.json")
     with torch.device("meta"):
         lm = DualTrackLM(config, text_only=text_only)
     ignored = [ROTARY_LEFTOVER.pattern, *([AUDIO_BRANCH] if text_only else [])]
     load_strict(lm, without(sharded_source(folder), *ignored), str(folder), device=device, dtype=dtype)
+    if scheme is not None:
+        quantization.quantize(lm, scheme)
     return lm

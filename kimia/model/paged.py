@@ -207,7 +207,7 @@ class PagedLM(FusedLM):
         super().__init__(lm, rows)
         config = lm.config
         slots = config.layers + (0 if lm.text_only else config.mimo_layers)
-        like = lm.lm_head.weight
+        like = lm.like
         self._pages = Pages(slots, config.kv_heads, config.head_dim, 1 + FIRST_PAGES * rows, like)
         self._paged = self._attend = PagedAttention(self._scratch, self._pages, config.max_positions)
         self._graphs = Graphs() if like.is_cuda else Eager()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from kimia.model.audio import BATCH_SEGMENTS, LogMel, Segment, cut
 from kimia.model.checkpoint import Source, load_strict, without
 from kimia.model.config import ENCODER_STRIDE, FeatureConfig, VQConfig, check_features
+from kimia.model.quiet import quiet
 from kimia.model.whisper import encoder_source, whisper_config
 
 DISTANCE_ROWS = 2048  # hidden states compared with the codebook at once (bounds the distance matrix)
@@ -202,7 +203,8 @@ def _convolution(config: VQConfig, channels: int, stride: int) -> nn.Conv1d:
 
 
 def _layers(config: VQConfig) -> nn.ModuleList:
-    from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
+    with quiet():
+        from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
     whisper = whisper_config(config.encoder)
     return nn.ModuleList(WhisperEncoderLayer(whisper) for _ in range(config.quantize_position))

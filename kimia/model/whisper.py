@@ -19,6 +19,7 @@ from kimia.errors import ConfigError
 from kimia.model.audio import BATCH_SEGMENTS, LogMel, Segment, cut
 from kimia.model.checkpoint import Source, load_strict, sharded_source, without, without_prefix
 from kimia.model.config import ENCODER_STRIDE, EncoderConfig, FeatureConfig, check_features, exact_div
+from kimia.model.quiet import quiet
 
 ENCODER_PREFIXES = ("model.encoder.", "encoder.")  # the release's layout, and that of an exported WhisperModel
 NOT_ENCODER = (r"^(model\.)?decoder\.", r"^proj_out\.")
@@ -105,6 +106,7 @@ def whisper_config(config: EncoderConfig) -> Any:
 
 
 def _build(config: EncoderConfig) -> nn.Module:
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+    with quiet():
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     return WhisperEncoder(whisper_config(config))

@@ -62,6 +62,11 @@ class Settings(BaseSettings):
     dtype: Literal["", "float32", "bfloat16", "float16"] = Field(
         "", description="Type of weights and activations. Empty: bfloat16 on CUDA, float32 on the CPU"
     )
+    quantize: Literal["", "int8", "fp8"] = Field(
+        "",
+        description="One byte for each weight of the llm's matrices: `int8`, or `fp8` on an Ada, Hopper or newer GPU. "
+        "Empty: as `KIMIA_DTYPE` says. The same for all llm workers",
+    )
     engine: str = Field(
         "",
         pattern=r"^(triton://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})?$",

@@ -74,7 +74,7 @@ class LanguageModelStage:
         place = open_model(settings)
         root = place.checkpoint.root
         tokenizer = TextTokenizer.load(root, place.configs.lm)
-        lm = load_lm(root, device=place.device, dtype=place.dtype)
+        lm = load_lm(root, device=place.device, dtype=place.dtype, quantize=settings.quantize)
         memory = settings.prefix_bytes if settings.prefix_bytes >= 0 else settings.rows * context_bytes(lm)
         prefixes = Prefixes(memory, settings.turn_ttl_seconds)
         return cls(lm, tokenizer, ComputeThread(settings.threads), settings.rows, prefixes)

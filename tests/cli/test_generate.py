@@ -6,6 +6,7 @@ import pytest
 import soundfile
 
 from kimia.cli import main
+from kimia.model import quantize as quantization
 from tests.golden_data import COMMITTED
 
 pytestmark = pytest.mark.parity
@@ -101,3 +102,13 @@ def test_a_folder_is_no_place_for_an_answer(tmp_path, capsys) -> None:
     (tmp_path / "answer.wav").mkdir()
     assert run("no-such-model", "--text", "x", "--out", tmp_path / "answer.wav") == 1
     assert "not a file" in capsys.readouterr().err
+
+
+def test_a_quantised_model_answers(tiny, monkeypatch, capsys) -> None:
+    schemes = []
+    real = quantization.quantize
+    monkeypatch.setattr(quantization, "quantize", lambda lm, scheme: schemes.append(scheme) or real(lm, scheme))
+    arguments = ("--text", "Hello", "--output", "text", "--max-new-tokens", "4", "--json", "--quantize", "int8")
+    assert run(tiny, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] >= 1
+    assert schemes == ["int8"]

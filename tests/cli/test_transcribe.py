@@ -95,7 +95,7 @@ def test_a_busy_service_is_waited_for(scripted, capsys) -> None:
 
 def test_the_device_is_the_services_own_matter(scripted, capsys) -> None:
     assert ask(scripted, "--device", "cpu", CLIPS[0]) == 1
-    assert "--device and --dtype" in capsys.readouterr().err
+    assert "--device, --dtype and --quantize" in capsys.readouterr().err
 
 
 def test_without_the_library_for_bars(scripted, monkeypatch, capsys) -> None:

@@ -52,11 +52,14 @@ def test_settings_travel_by_the_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KIMIA_LOG_LEVEL", "error")
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    chosen = plan(tmp_path, "--model", "model", "--device", "cpu", "--dtype", "bfloat16", "--port", "0")
+    chosen = plan(
+        tmp_path, "--model", "model", "--device", "cpu", "--dtype", "bfloat16", "--quantize", "int8", "--port", "0"
+    )
     stage, orchestrator = chosen.stages({"llm": 1})[0], chosen.orchestrator()
     assert list(stage.command) == [sys.executable, "-m", "services.llm"]
     assert stage.environment["KIMIA_MODEL"] == str(tmp_path / "model")
     assert (stage.environment["KIMIA_DEVICE"], stage.environment["KIMIA_DTYPE"]) == ("cpu", "bfloat16")
+    assert stage.environment["KIMIA_QUANTIZE"] == "int8"
     assert stage.environment["KIMIA_REDIS_URL"] == "redis://127.0.0.1:1/0"
     assert stage.environment["KIMIA_LOG_FORMAT"] == "text"
     assert "KIMIA_LOG_LEVEL" not in stage.environment  # the user's own

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kimia.model import lm as plain
-from kimia.model.fused import FEW_ROWS, FusedLM, Head, Norm, Scratch, add_product, fuse, rotate, signed_angles
+from kimia.model.fused import FEW_ROWS, FusedLM, Head, Norm, Scratch, fuse, matrix, rotate, signed_angles
 from tests.model.tiny_lm import CONFIG, random_lm
 
 pytestmark = pytest.mark.unit
@@ -35,16 +35,16 @@ def test_two_engines_over_one_model_share_its_weights():
     lm = random_lm()
     first, second = FusedLM(lm, 1), FusedLM(lm, 4)
     for one, other in zip(first._trunk, second._trunk, strict=True):
-        assert one.qkv.data_ptr() == other.qkv.data_ptr()
+        assert one.qkv._weight.data_ptr() == other.qkv._weight.data_ptr()
 
 
 @ROWS
 @torch.no_grad()
 def test_a_product_is_added(rows):
     s = scratch(rows)
-    x, weight = torch.randn(rows, 7), torch.randn(7, CONFIG.hidden_size)
-    expected = s.x + x @ weight
-    add_product(s, x, weight)
+    x, weight = torch.randn(rows, 7), torch.randn(CONFIG.hidden_size, 7)
+    expected = s.x + x @ weight.t()
+    matrix(weight).add_product(s, x)
     torch.testing.assert_close(s.x, expected)
 
 

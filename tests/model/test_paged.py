@@ -13,6 +13,7 @@ from kimia.model.generate import generate
 from kimia.model.lm import DualTrackLM, Row
 from kimia.model.paged import Graphs, PagedCache, PagedLM, Pages
 from kimia.model.prefix import Prefixes
+from kimia.model.quantize import SCHEMES, quantize
 from tests.model.test_attention import documented_flash  # noqa: F401  # a fixture
 from tests.model.test_engine import PROMPT, begun, ids, options, run
 from tests.model.tiny_lm import TOKENS, WIDE, random_lm, random_row
@@ -73,6 +74,13 @@ def run_beside(lm: DualTrackLM, engine: Engine, steps: int, tolerance: float) ->
 
 
 # ---- against turn by turn ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_weights_give_the_logits_of_the_step_turn_by_turn(scheme) -> None:
+    lm = random_lm(WIDE, seed=3)
+    quantize(lm, scheme)
+    run_beside(lm, paged_engine(lm, 5), 8, 5e-5)
 
 
 @pytest.mark.parametrize("flash", [False, True])

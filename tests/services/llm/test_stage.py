@@ -3,12 +3,14 @@
 import asyncio
 
 import pytest
+import torch
 
 from kimia.compute import ComputeThread
 from kimia.errors import ContextLengthError, ConversationError, KimiaError, ParameterError
 from kimia.model.engine import context_bytes
 from kimia.model.generate import Step
 from kimia.model.prefix import Prefixes
+from kimia.pipeline import KimiAudio
 from kimia.runtime.metrics import PREFIX_POSITIONS, PREFIX_TURNS
 from kimia.runtime.settings import Settings
 from kimia.v1.conversation_pb2 import ROLE_ASSISTANT, TrackSampling
@@ -319,3 +321,19 @@ async def test_loaded_by_settings_and_warmed_up(stage: LanguageModelStage) -> No
     here, there = await ran(stage, question(), []), await ran(loaded, question(), [])
     assert without_time(here) == without_time(there)
     loaded.compute.close()
+
+
+async def test_a_quantised_stage_answers_as_the_quantised_model_and_goes_on_behind_any_step() -> None:
+    folder = golden("e2e") / "model"
+    stage = LanguageModelStage.load(Settings(model=str(folder), device="cpu", rows=3, quantize="int8"))
+    chunks = without_time(await ran(stage, question(), []))
+    twin = KimiAudio(folder, load_detokenizer=False, device="cpu", dtype=torch.float32, quantize="int8")
+    ask = [{"role": "user", "message_type": "text", "content": "How are you?"}]
+    sampling = {"text_temperature": 0.9, "audio_temperature": 0.9}
+    done = list(twin.stream(ask, "both", seed=3, max_new_tokens=14, **sampling))[-1]
+    assert tuple(chunk.step.text_id for chunk in chunks) == done.result.text_stream
+    assert tuple(chunk.step.audio_id for chunk in chunks) == done.result.audio_stream
+    for given in (1, 7, len(chunks) - 1):
+        assert without_time(await ran(stage, question(), [], chunks[:given])) == chunks[given:]
+    await stage.scheduler._pump  # what it still has to tidy
+    stage.compute.close()
