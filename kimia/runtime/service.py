@@ -286,21 +286,24 @@ class StageService:
         from kimia.streams.ledger import Ledger
 
         self._wire = await connect(self._settings)
-        consumer = consumer_name(self.name)
+        consumer = consumer_name(self.name, self._settings.quantize if self._kind is LLM else "")
         self._worker = Worker(stage, self._wire, self._rows, consumer, checkpoint_name(stage, self._settings))
         log.info("joining", consumer=consumer, rows=self._rows.count)
         ledger = Ledger(self._wire)
-        await self._compare_rows(ledger)
+        await self._compare(ledger, consumer)
         self._direct.open(stage, ledger)
 
-    async def _compare_rows(self, ledger: Ledger) -> None:
-        """Say so when a language model computes another number of turns at once than those beside it.
+    async def _compare(self, ledger: Ledger, consumer: str) -> None:
+        """A language model takes its place among those that are there, since their turns may become its own.
 
-        It works; but products of another shape round otherwise, so a turn that changes hands may draw other ids.
+        Raises SettingsError when their weights are quantised otherwise. Where they compute another number of turns at
+        once, that is said. It works; but products of another shape round otherwise, so a turn that changes hands may
+        draw other ids.
         """
         if self._kind is not LLM:
             return
         with contextlib.suppress(UnavailableError):  # the worker waits until it can be reached
+            await ledger.announce(self._kind, consumer, self._rows.count, 0)
             workers = (await ledger.usage())[self._kind.name].workers.values()
             others = sorted({worker.rows for worker in workers} - {self._rows.count})
             if others:
@@ -330,8 +333,12 @@ class StageService:
             await self._host.aclose()
 
 
-def consumer_name(kind: str) -> str:
-    """A name that no other process has, and that tells an operator which one it is."""
+def consumer_name(kind: str, mark: str = "") -> str:
+    """A name that no other process has, and that tells an operator which one it is.
+
+    Workers with another `mark` do not serve beside it (`Ledger.announce`).
+    """
+    kind = f"{kind}+{mark}" if mark else kind
     return f"{kind}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 

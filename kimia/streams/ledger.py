@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kimia.errors import CapacityError
+from kimia.errors import CapacityError, SettingsError
 from kimia.stage import STAGES, StageKind
 from kimia.streams import keys
 from kimia.streams.wire import Argument, Wire
@@ -50,9 +50,18 @@ class Ledger:
         self._wire = wire
 
     async def announce(self, kind: StageKind, worker: str, rows: int, used: int) -> None:
-        """Count a worker's rows for the next three leases."""
+        """Count a worker's rows for the next three leases.
+
+        Raises SettingsError beside a live worker whose weights are quantised otherwise, which both names say: the turns
+        of one could not go on in the other.
+        """
         life = self._wire.options.lease * ANNOUNCED_LEASES
-        await self._wire.call("ledger_announce", [_workers(kind)], [worker, rows, used, _milliseconds(life)])
+        unlike = await self._wire.call("ledger_announce", [_workers(kind)], [worker, rows, used, _milliseconds(life)])
+        if unlike:
+            raise SettingsError(
+                f"{worker} cannot serve beside {unlike.decode()}: a turn that changes hands goes on as it would have "
+                f"only if all {kind.name} workers have the same KIMIA_QUANTIZE; set it alike, or stop the others first"
+            )
 
     async def withdraw(self, kind: StageKind, worker: str) -> None:
         """Count a worker's rows no more; sessions keep what they have reserved."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import grpc.aio
 import pytest
 import structlog
 
-from kimia.errors import CheckpointError, UnavailableError
+from kimia.errors import CheckpointError, SettingsError, UnavailableError
 from kimia.runtime.fake import FakeDetokenizer, FakeLanguageModel, FakeTokenizer
 from kimia.runtime.health import Health, probe
 from kimia.runtime.service import StageService, checkpoint_name, consumer_name, in_thread, run_stage, serve
@@ -246,6 +247,38 @@ async def test_a_language_model_with_other_rows_than_its_neighbours_says_so(kind
     await wire.aclose()
 
 
+@pytest.mark.parametrize(
+    ("kind", "beside", "scheme", "refused"),
+    [
+        (LLM, "llm-1", "int8", True),
+        (LLM, "llm+int8-1", "", True),
+        (LLM, "llm+fp8-1", "int8", True),
+        (LLM, "llm+int8-1", "int8", False),
+        (LLM, "llm-1", "", False),
+        (DETOKENIZER, "detokenizer-1", "int8", False),  # the setting is the language model's
+    ],
+)
+async def test_workers_whose_weights_are_unlike_do_not_serve_together(
+    kind, beside, scheme, refused, tmp_path, valkey_url
+):
+    wire = await Wire.connect(valkey_url)
+    ledger = Ledger(wire)
+    await ledger.announce(kind, beside, 4, 0)
+    fake = {LLM: FakeLanguageModel, DETOKENIZER: FakeDetokenizer}[kind]
+    service = StageService(lambda _: fake(), kind, Settings(redis_url=valkey_url, quantize=scheme))
+    async with living(service, tmp_path) as (task, signals, ready):
+        if refused:
+            with pytest.raises(SettingsError, match=f"beside {re.escape(beside)}: .* KIMIA_QUANTIZE; set it alike"):
+                await task
+            assert (await ledger.usage())[kind.name].workers.keys() == {beside}
+        else:
+            await until(ready)
+            signals.put_nowait("SIGTERM")
+            assert await task == 0
+    await ledger.withdraw(kind, beside)
+    await wire.aclose()
+
+
 async def test_while_the_pipeline_drains_direct_clients_are_refused(tmp_path):
     class SlowToLeave:
         def __init__(self):
@@ -378,7 +411,7 @@ def test_a_process_says_where_it_listens_and_ends_when_told(number):
 
 BROKEN = """
 import sys
-from kimia.errors import CheckpointError, UnavailableError
+from kimia.errors import CheckpointError, SettingsError, UnavailableError
 from kimia.runtime.service import run_stage
 from kimia.stage import LLM
 def build(settings):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import redis
 
-from kimia.errors import CapacityError
+from kimia.errors import CapacityError, SettingsError
 from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
 from kimia.streams import keys
 from kimia.streams.ledger import NO_WORKER_RETRY, RELEASE_WINDOW, SHORTEST_RETRY, Ledger, StageUsage, WorkerRows
@@ -46,6 +46,38 @@ async def until(condition):
     async with asyncio.timeout(5):
         while not await condition():
             await asyncio.sleep(0.005)
+
+
+async def test_workers_with_unlike_marks_are_not_counted_together(ledger):
+    await ledger.announce(LLM, "llm+int8-a-1", 4, 0)
+    for worker in ("llm-b-1", "llm+fp8-b-1"):
+        with pytest.raises(SettingsError, match=r"beside llm\+int8-a-1"):
+            await ledger.announce(LLM, worker, 2, 0)
+    await ledger.announce(LLM, "llm+int8-b-1", 2, 0)
+    assert (await ledger.usage())["llm"].capacity == 6
+    for worker in ("llm+int8-a-1", "llm+int8-b-1"):
+        await ledger.withdraw(LLM, worker)
+    await ledger.announce(LLM, "llm-b-1", 2, 0)
+
+
+async def test_one_of_two_that_come_at_once_is_refused(ledger):
+    found = await asyncio.gather(
+        *(ledger.announce(LLM, worker, 2, 0) for worker in ("llm-a-1", "llm+int8-b-1")), return_exceptions=True
+    )
+    assert [type(outcome) for outcome in found].count(SettingsError) == 1
+
+
+async def test_a_dead_worker_keeps_nobody_away(brief):
+    await brief.announce(LLM, "llm-a-1", 2, 0)
+
+    async def joined():
+        try:
+            await brief.announce(LLM, "llm+int8-b-1", 2, 0)
+        except SettingsError:
+            return False
+        return True
+
+    await until(joined)
 
 
 async def test_workers_are_counted_until_they_withdraw(ledger):
