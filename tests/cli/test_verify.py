@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from kimia.cli import main
+from tests.golden_data import COMMITTED
 from tests.verify.sets import SMALLEST, committed, edit_json, edit_tensor, write_detokenizer, write_llm
 
 pytestmark = pytest.mark.parity
 
+CLIP = COMMITTED / "e2e" / "audio" / "clip_b2.wav"
 LINE = re.compile(r"(PASS|FAIL|SKIP) (tokenizer|llm|detokenizer|e2e) \S+ \S+<=\S+( .+)?")
 
 
@@ -134,3 +136,30 @@ def test_a_set_that_cannot_be_listed_leaves_the_others(sets, name, capsys):
 
 def test_unknown_device_exits_2(tmp_path, capsys):
     assert "is not a device" in shown([tmp_path, "--device", "abacus"], capsys)
+
+
+# ---- what quantisation costs ------------------------------------------------------------------------------------
+
+
+def test_a_models_loss_is_printed_and_nothing_is_judged(tiny, capsys):
+    assert main(["verify", str(tiny), str(CLIP), "--quantize", "int8"]) == 0
+    first, text, audio, size = capsys.readouterr().out.splitlines()
+    assert first == f"int8 against the same weights as they are, over answers to {CLIP.name}"
+    for track, line in (("text", text), ("audio", audio)):
+        assert re.fullmatch(
+            rf"{track} +logits: error at most \S+, mean \S+   KL divergence: mean \S+, at most \S+ nats   "
+            r"greedy token the same at \d+ of \d+ positions \(\d+\.\d%\)",
+            line,
+        )
+    assert re.fullmatch(r"language model: [\d,]+ -> [\d,]+ bytes \(\d\d\.\d%\)", size)
+
+
+def test_recordings_belong_to_a_measurement(sets, capsys):
+    assert main(["verify", str(sets), str(CLIP)]) == 1
+    assert "recordings are for --quantize" in capsys.readouterr().err
+
+
+def test_a_measurement_needs_a_model(tmp_path, capsys):
+    assert main(["verify", str(tmp_path), "--quantize", "int8"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
