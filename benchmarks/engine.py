@@ -5,7 +5,8 @@
 
 Without --model a model of 230 M random parameters, made on the spot. Prints JSON: milliseconds per step at each number
 of rows beside those of the plain loop (one row), the ratio in tokens per second, what a step costs behind a long past
-beside the time that its keys and values take at the bandwidth measured here, and what memory does over many steps.
+beside the time that its keys and values take at the bandwidth measured here, what it costs with int8 weights
+(torchao is needed), and what memory does over many steps.
 Everything that a step takes is in it: embedding, layers, heads, drawing, the rules of the tracks. One thread, in time
 that this thread computed (`time.thread_time`): on a shared machine the wall
 clock measures the neighbours. Of each kind of step the first decile is reported.
@@ -14,12 +15,13 @@ clock measures the neighbours. Of each kind of step the first decile is reported
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from kimia.model.config import LMConfig
 from kimia.model.engine import Answer, Engine
 from kimia.model.generate import GenerateOptions, TrackTokens, generate
 from kimia.model.lm import DualTrackLM, Row, load_lm
+from kimia.model.quantize import quantize, weight_bytes
 from kimia.model.sampler import Sampling
 from kimia.model.turn_cache import TurnCache
 
@@ -105,7 +108,8 @@ def held_by_tensors() -> float:
     """Megabytes of all tensors that Python can reach, every storage once."""
     storages = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.device.type != "meta":
+        kind = type(found)
+        if issubclass(kind, torch.Tensor) and not hasattr(kind, "__tensor_flatten__") and found.device.type != "meta":
             storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
     return sum(storages.values()) / 1e6
 
@@ -149,6 +153,26 @@ class Bench:
             "plain_ms_of_one_row": plain_ms,
             "engine_ms_of_all_rows": engine_ms,
             "tokens_per_second_ratio": rows * plain_ms / engine_ms,
+        }
+
+    def against_int8(self, rows: Sequence[int]) -> dict[str, dict[str, float]]:
+        """Steps of the engine in turns with those of the same model with quantised weights."""
+        small = Bench(copy.deepcopy(self.lm), self.steps)
+        quantize(small.lm, "int8")
+        return {str(number): self._against(small, number) for number in rows}
+
+    def _against(self, small: Bench, rows: int) -> dict[str, float]:
+        steps = {"float": self.engine(rows, prompt_of(100))[0], "int8": small.engine(rows, prompt_of(100))[0]}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(self.steps):
+            for name, step in steps.items():
+                times[name].append(timed(step))
+        float_ms, int8_ms = decile(times["float"]), decile(times["int8"])
+        return {
+            "float_ms": float_ms,
+            "int8_ms": int8_ms,
+            "speed_ratio": float_ms / int8_ms,
+            "bytes_ratio": weight_bytes(small.lm) / weight_bytes(self.lm),
         }
 
     def behind_a_long_past(self, rows: int) -> dict[str, float]:
@@ -214,6 +238,7 @@ def report(bench: Bench, rows: list[int], memory_steps: int) -> dict[str, Any]:
         "decode": {str(number): bench.against_the_twin(number) for number in rows},
         "context": {str(number): bench.behind_a_long_past(number) for number in (rows[0], rows[-1])},
         "memory": bench.memory(rows[-1], memory_steps),
+        "int8": bench.against_int8((rows[0], rows[-1])),
     }
 
 

@@ -9,6 +9,8 @@ encode      both encoders over one segment of 30 s, and over 8 in one evaluation
 prefill     ms per 1,000 positions
 decode      ms per step at 1 to 512 rows behind CONTEXT positions, drawing included; `aim`: at most 1.3 floors
             at one row; `within_80_ms` is how many rows keep up with speech
+decode_int8, decode_fp8   the same with quantised weights (torchao), beside the floor of the unquantised ones; `skipped`
+            says why one of them cannot be had
 speak       ms per steady flow chunk of each of 1, 8, 32 turns solved together, and its vocoding; `aim`: 1.5 floors
 pipeline    callers who all ask at once and hear their answers in real time: TTFA, underrun; `aim`: p50 of 150 ms at 1,
             300 ms at 16, no underrun
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
@@ -53,6 +56,7 @@ from kimia.model.engine import Engine
 from kimia.model.generate import GenerateOptions
 from kimia.model.gpus import GPU, GPUS, find_gpu
 from kimia.model.lm import DualTrackLM
+from kimia.model.quantize import Scheme, check_scheme, quantize, weight_bytes
 from kimia.model.random_weights import new_checkpoint, preset_configs
 from kimia.model.text import TextTokenizer
 from kimia.model.vq import VQTokenizer
@@ -136,6 +140,13 @@ class Parts:
         lm.mimo_output.weight[config.token_offset + flow.audio_codes :] = 0
         return lm
 
+    def quantized(self, scheme: Scheme) -> DualTrackLM:
+        """Another language model, its matrices in one byte a weight."""
+        config = self.configs.lm
+        lm: DualTrackLM = synthesised(lambda: DualTrackLM(config), self.device, self.dtype)
+        quantize(lm, scheme)
+        return lm
+
     @cached_property
     def detokenizer(self) -> Detokenizer:
         """Flow model in `dtype`, vocoder in float32."""
@@ -209,9 +220,10 @@ def prefill(parts: Parts, floors: Floors) -> dict[str, Any]:
     }
 
 
-def decode(parts: Parts, floors: Floors, rows: int) -> dict[str, Any]:
+def decode(parts: Parts, floors: Floors, rows: int, lm: DualTrackLM | None = None) -> dict[str, Any]:
     """Steps of so many answers at once."""
-    engine, config, warm = Engine(parts.lm, rows), parts.lm.config, parts.lm.config.audio_delay + 3
+    lm = lm or parts.lm
+    engine, config, warm = Engine(lm, rows), lm.config, lm.config.audio_delay + 3
     options = GenerateOptions("both", warm + 2 * parts.size.repeats, SAMPLING)
     prompt = prompt_of(min(CONTEXT, config.max_positions // 4))
     answers = [engine.begin(prompt, endless(config), replace(options, seed=row)) for row in range(rows)]
@@ -223,6 +235,16 @@ def decode(parts: Parts, floors: Floors, rows: int) -> dict[str, Any]:
     found = milliseconds(lambda: engine.step(answers), parts.size.repeats, parts.device)
     entry = beside(found, floors.decode(rows, len(prompt.audio_ids)), 1.3 if rows == 1 else None)
     return entry | {"tokens_per_second": round(1e3 * rows / found), "within_80_ms": found <= 1e3 * STEP_SECONDS}
+
+
+def decode_quantized(parts: Parts, floors: Floors, rows: int, scheme: Scheme) -> dict[str, Any]:
+    """The same with quantised weights."""
+    try:
+        check_scheme(scheme, parts.device)
+    except ParameterError as error:
+        return {"skipped": str(error)}
+    lm = parts.quantized(scheme)
+    return decode(parts, floors, rows, lm) | {"weight_gigabytes": round(weight_bytes(lm) / 1e9, 3)}
 
 
 @torch.inference_mode()
@@ -316,6 +338,12 @@ def jobs(parts: Parts, floors: Floors) -> Iterator[tuple[tuple[str, ...], Callab
     yield ("encode",), lambda: encode(parts, floors)
     for rows in size.rows[1:]:
         yield ("decode", str(rows)), lambda rows=rows: decode(parts, floors, rows)  # type: ignore[misc]
+    schemes: tuple[Scheme, ...] = ("int8", "fp8")
+    for scheme, rows in itertools.product(schemes, size.rows):
+        yield (
+            (f"decode_{scheme}", str(rows)),
+            lambda rows=rows, scheme=scheme: decode_quantized(parts, floors, rows, scheme),  # type: ignore[misc]
+        )
     for rows in size.chunks[1:]:
         yield ("speak", str(rows)), lambda rows=rows: speak(parts, floors, rows)  # type: ignore[misc]
     for callers in size.callers:

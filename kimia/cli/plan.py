@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kimia.cli.arguments import add_model
+from kimia.cli.arguments import add_model, add_quantize
 
 if TYPE_CHECKING:
     from kimia.model.capacity import StagePlan, Times, Traffic
@@ -21,6 +21,7 @@ examples:
   kimia plan --calls 200 --gpu l40s --prompt 4000 --reuse 0.8
   kimia plan --calls 200 --gpu h200 --measured gpu.json      # times that benchmarks/gpu.sh has measured there
 
+With --quantize more keys and values fit beside the weights; times stay those of bfloat16.
 Without --measured times are floors, which no program can beat on such a GPU, times --over-floor; line one says which.
 """
 
@@ -49,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     times.add_argument("--over-floor", type=float, default=1.5, metavar="X", help="times the floors (default 1.5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_model(parser, device=False)
+    add_quantize(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
     )
     configs = _configs(args)
     times: Times = Measured.read(args.measured) if args.measured else Floors(configs, gpu, args.over_floor)
-    stages = plan(traffic, configs, gpu, times)
+    stages = plan(traffic, configs, gpu, times, quantized=bool(args.quantize))
     if args.json:
         print(json.dumps({"times": times.source, "gpu": gpu.name, "stages": [asdict(stage) for stage in stages]}))
     else:
-        print(_page(traffic, gpu, times, stages))
+        print(_page(traffic, gpu, times, stages, args.quantize))
     return 0
 
 
@@ -88,7 +90,7 @@ def _configs(args: argparse.Namespace) -> ModelConfigs:
     return preset_configs(PRESETS["7b"])
 
 
-def _page(traffic: Traffic, gpu: GPU, times: Times, stages: list[StagePlan]) -> str:
+def _page(traffic: Traffic, gpu: GPU, times: Times, stages: list[StagePlan], scheme: str | None) -> str:
     lines = [
         f"times: {times.source}",
         f"{traffic.calls} calls on {gpu.name}: {sum(stage.replicas for stage in stages)} GPUs, one a replica",
@@ -96,4 +98,5 @@ def _page(traffic: Traffic, gpu: GPU, times: Times, stages: list[StagePlan]) -> 
     for stage in stages:
         lines += ["", f"{stage.stage}: {stage.replicas} x {stage.rows} rows", *(f"  {line}" for line in stage.why)]
     replicas = " ".join(f"{stage.stage}={stage.replicas}" for stage in stages)
-    return "\n".join([*lines, "", f"kimia up --replicas {replicas}"])
+    quantize = f" --quantize {scheme}" if scheme else ""
+    return "\n".join([*lines, "", f"kimia up{quantize} --replicas {replicas}"])

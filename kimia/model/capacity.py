@@ -228,11 +228,18 @@ class StagePlan:
     why: tuple[str, ...]
 
 
-def plan(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) -> list[StagePlan]:
-    """Every stage. Raises ParameterError where one GPU cannot hold a stage, or keep up with a single call."""
+def plan(
+    traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times, *, quantized: bool = False
+) -> list[StagePlan]:
+    """Every stage. Raises ParameterError where one GPU cannot hold a stage, or keep up with a single call.
+
+    With `quantized` weights of the language model more keys and values fit. Its steps are not taken to be faster:
+    whether they are depends on kernels, and was never measured.
+    """
+    weights = cost.language_model_bytes(configs.lm, BF16, quantized)
     return [
         _tokenizer(traffic, configs, gpu, times),
-        _language_model(traffic, configs, gpu, times),
+        _language_model(traffic, configs, gpu, times, weights),
         _detokenizer(traffic, configs, gpu, times),
     ]
 
@@ -251,8 +258,8 @@ def _tokenizer(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) 
     return StagePlan("tokenizer", replicas, 1, why)
 
 
-def _language_model(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) -> StagePlan:
-    weights = cost.parameter_counts(configs)["language model"] * BF16
+def _language_model(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times, weights: int) -> StagePlan:
+    """`weights` in bytes."""
     per_call = round((traffic.prompt + traffic.answer_positions) * cost.kv_bytes_per_position(configs.lm, BF16))
     room = int((gpu.memory_bytes * (1 - RESERVED) - weights) // per_call)
     prefill = times.prefill(traffic.prompt * (1 - traffic.reuse))

@@ -17,6 +17,7 @@ from kimia.model.consistency import ModelConfigs
 from kimia.model.detokenize import UPSAMPLE
 from kimia.model.presets import Preset
 
+QUANTIZED = ("_proj.weight", "lm_head.weight", "mimo_output.weight")  # ends of the names of what is quantised
 CODE_SECONDS = 0.08  # of audio that a semantic token becomes
 
 
@@ -122,6 +123,13 @@ def _layer_parameters(config: LMConfig) -> int:
 def _kv_values(config: LMConfig, layers: int) -> int:
     """Values that one position keeps in the cache."""
     return 2 * layers * config.kv_heads * config.head_dim
+
+
+def language_model_bytes(config: LMConfig, bytes_per_value: int, quantized: bool) -> int:
+    """Memory of the weights; quantised, the matrices of layers and heads take a byte each, scales left out."""
+    tensors = layout.language_model(config)
+    matrices = sum(prod(shape) for name, shape in tensors.items() if quantized and name.endswith(QUANTIZED))
+    return matrices + (layout.parameters(tensors) - matrices) * bytes_per_value
 
 
 def kv_bytes_per_position(config: LMConfig, bytes_per_value: int) -> int:

@@ -22,6 +22,8 @@ def test_every_number_is_there_and_drawn(bench: Bench, tmp_path, monkeypatch) ->
     found = report(bench, [1, 2], memory_steps=20)
     assert found["decode"].keys() == found["context"].keys() == {"1", "2"}
     assert all(numbers["tokens_per_second_ratio"] > 0 for numbers in found["decode"].values())
+    assert found["int8"].keys() == {"1", "2"}
+    assert all(numbers["bytes_ratio"] < 1 < 1 + numbers["speed_ratio"] for numbers in found["int8"].values())
     assert all(numbers[f"ms_behind_{length}"] > 0 for numbers in found["context"].values() for length in (SHORT, LONG))
     assert found["context"]["2"]["ms_of_the_bytes"] == found["context"]["2"]["kv_megabytes_more"] / 10
     assert found["memory"]["steps"] == list(range(0, 21, 2))

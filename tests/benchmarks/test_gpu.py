@@ -24,6 +24,8 @@ def test_slices_until_all_is_there(tmp_path, capsys, monkeypatch) -> None:
     assert found["device"] == "CPU: a dry run"
     assert found["decode"].keys() == {"1", "2"}
     assert found["decode"]["1"].keys() >= {"ms", "floor_ms", "floors", "aim", "reached", "within_80_ms"}
+    assert found["decode_int8"]["2"].keys() >= {"ms", "floor_ms", "weight_gigabytes"}
+    assert found["decode_fp8"]["1"]["ms"] > 0
     assert found["pipeline"]["1"]["speech_seconds"] > 0
     assert found["pipeline"]["1"]["ttfa_p50_ms"] > 0
     assert found["load"]["gigabytes"] > 0

@@ -32,6 +32,12 @@ def test_a_model_of_ones_own(tiny, capsys) -> None:
     assert "3 GPUs" in capsys.readouterr().out
 
 
+def test_quantised_weights_are_planned_with_and_named(capsys) -> None:
+    assert main(["plan", "--calls", "200", "--gpu", "h200", "--quantize", "int8"]) == 0
+    page = capsys.readouterr().out
+    assert "kimia up --quantize int8 --replicas tokenizer=1 llm=" in page
+
+
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [

@@ -83,6 +83,17 @@ def test_memory_that_does_not_suffice(released) -> None:
     assert "do not fit" in found.why[-1]
 
 
+def test_quantised_weights_leave_more_room_and_take_no_less_time(released) -> None:
+    plain, small = (
+        plan(Traffic(200), released, H200, Floors(released, H200), quantized=each)[1] for each in (False, True)
+    )
+    assert "weights 19.53 GB" in plain.why[2]
+    assert "weights 10.40 GB" in small.why[2]  # 9.13 billion in a byte, 0.64 billion in two
+    assert small.why[1] == plain.why[1]
+    tight = replace(H200, name="tight", memory_bytes=20e9)  # too small for the others
+    assert plan(Traffic(20), released, tight, Floors(released, tight), quantized=True)[1].replicas == 1
+
+
 def test_too_slow_for_one_call(released) -> None:
     slow = replace(H200, name="slow", bytes_per_second=1e11)
     with pytest.raises(ParameterError, match="does not keep up with a single call"):
