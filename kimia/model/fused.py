@@ -6,9 +6,10 @@ the parts, which become views of them: no weight is stored twice. Every operatio
 (`Scratch`), so that a step allocates next to nothing.
 
 Nobody's numbers depend on the neighbours. Matrix products always have the full number of rows, whoever fills them: a
-product of another shape would round otherwise. Attention, where turns differ in length, is computed turn by turn over
-exactly its own positions. What remains works number by number. Vector and remainder of a CPU loop round an exponential
-otherwise, too, so the width of SwiGLU must leave no remainder: `Engine` sees to that.
+product of another shape would round otherwise. On a CPU the rows come in whole blocks: some processors round the rows of
+a remainder otherwise. Attention, where turns differ in length, is computed turn by turn over exactly its own positions.
+What remains works number by number. Vector and remainder of a CPU loop round an exponential otherwise, too, so the width
+of SwiGLU must leave no remainder: `Engine` sees to that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kimia.model.lm import DecoderLayer, DualTrackLM, RMSNorm, rotary_tables
 from kimia.model.philox import Track
 from kimia.model.turn_cache import TurnCache
 
+ROW_BLOCK = 4  # rows that BLAS computes alike; what is left over is rounded otherwise on a CPU with AVX2 alone
 FEW_ROWS = 3  # up to which BLAS is fastest with the rows outside; measured, see benchmarks/RESULTS.md
 
 
@@ -59,13 +61,15 @@ class Company(NamedTuple):
 
 
 class Scratch:
-    """Where a step of B rows writes its numbers; all layers use the same buffers."""
+    """Where a step of B rows, or some more, writes its numbers; all layers use the same buffers."""
 
     def __init__(self, config: LMConfig, rows: int, like: Tensor) -> None:
         """Type and device are those of `like`."""
-        self._rows = rows
         self._like = like
         self.columns = not like.is_cuda and rows > FEW_ROWS
+        if self.columns:
+            rows += -rows % ROW_BLOCK
+        self._rows = rows
         width, head_dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.heads, config.kv_heads
         self.x_and_eps = like.new_full((rows, width + 1), math.sqrt(width * config.rms_norm_eps))
@@ -273,7 +277,7 @@ class FusedLM:
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[RowFeed], wanted: Wanted) -> Tensor:
-        """Logits of the rows' next position, text then audio, (2, B, V); every turn's cache has moved on by one.
+        """Logits of the rows' next position, text then audio, (2, B or more, V); every turn's cache has moved on by one.
 
         Those that are not wanted, and rows beyond the feeds, are garbage. The next step overwrites them.
         """

@@ -166,7 +166,7 @@ def drawn_from(engine: Engine, company: int, place: int, monkeypatch) -> dict[tu
 
 
 @pytest.mark.parametrize(("company", "place"), [(1, 0), (4, 0), (4, 4), (4, 2), (7, 3)])
-@pytest.mark.parametrize("rows", [2, 5, 40])  # 40: two vectors and a half
+@pytest.mark.parametrize("rows", [2, 5, 11, 40])  # 5, 11: filled up to whole blocks; 40: two vectors and a half
 def test_neighbours_change_no_bit(rows, company, place, lm, monkeypatch):
     engine = Engine(lm, rows)
     alone, among = (drawn_from(engine, number, place, monkeypatch) for number in (0, company))
