@@ -91,7 +91,9 @@ def _service(args: argparse.Namespace) -> Iterator[Service]:
     seconds = {f"KIMIA_{name}_TTL_SECONDS": str(TTL_SECONDS) for name in ("TURN", "SESSION", "BLOB")}
     rows = -(-args.capacity // args.replicas)
     environment = {**seconds, "KIMIA_ROWS": str(rows), "KIMIA_LOG_LEVEL": "warning", **FAKE}
-    replicas = ["--replicas", *(f"{stage}={args.replicas}" for stage in STAGES)]
+    kinds = ["colocated"] if args.colocated else STAGES
+    replicas = [*(["--colocated"] if args.colocated else []), "--replicas"]
+    replicas += [f"{kind}={args.replicas}" for kind in kinds]
     with up([*(["--model", args.model] if args.model else ["--fake"]), *replicas], environment) as service:
         yield service
 
@@ -253,6 +255,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="of callers (1)")
     parser.add_argument("--seed", type=int, default=1, help="of all that callers do (1)")
     parser.add_argument("--model", metavar="DIR", help="real stages of this model instead of fakes")
+    parser.add_argument("--colocated", action="store_true", help="with --model: all stages in one process")
     parser.add_argument("--server", metavar="HOST:PORT", help="call a service that runs")
     parser.add_argument("--redis", metavar="URL", help="its store, to be watched")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all numbers as JSON")

@@ -13,7 +13,9 @@ decode_int8, decode_fp8   the same with quantised weights (torchao), beside the 
             says why one of them cannot be had
 speak       ms per steady flow chunk of each of 1, 8, 32 turns solved together, and its vocoding; `aim`: 1.5 floors
 pipeline    callers who all ask at once and hear their answers in real time: TTFA, underrun; `aim`: p50 of 150 ms at 1,
-            300 ms at 16, no underrun
+            300 ms at 16, no underrun; `step`: ms between two steps of an answer, which flow solves may delay
+streams     the same with the streams of a co-located host: the language model's is the most urgent
+            (processes apart: python -m benchmarks.colocated --model DIR)
 load        seconds to write the checkpoint to DIR, to load all of it
 
 Floors are those of the cost model at the data sheet's rates of --gpu (default: by the device's name).
@@ -29,8 +31,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from torch import Tensor, nn
 from benchmarks.engine import SAMPLING, endless, prompt_of
 from benchmarks.player import Player
 from benchmarks.regress import Chunks
-from kimia.compute import ComputeThread
+from kimia.compute import ComputeThread, own_stream
 from kimia.errors import ParameterError
 from kimia.model.audio import Segment
 from kimia.model.bigvgan import BigVGAN
@@ -156,17 +159,21 @@ class Parts:
         dit = synthesised(lambda: DiT(flow), self.device, self.dtype)
         return Detokenizer(dit, synthesised(lambda: BigVGAN(vocoder), self.device, torch.float32))
 
-    def stages(self, rows: int) -> dict[str, Stage]:
-        """The three of one process that has the whole GPU."""
+    def stages(self, rows: int, *, shared: bool = False) -> dict[str, Stage]:
+        """The three of one process that has the whole GPU; `shared`: each with a stream of its own."""
+
+        def thread(*, urgent: bool = False) -> ComputeThread:
+            return ComputeThread(stream=own_stream(self.device, urgent=urgent) if shared else None)
+
         with tempfile.TemporaryDirectory() as folder:
             for path, content in text_files(PRESETS[self.preset]).items():
                 (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / path).write_text(content, encoding="utf-8")
             tokenizer = TextTokenizer.load(Path(folder), self.configs.lm)
         return {
-            "tokenizer": TokenizerStage(self.encoder, ComputeThread()),
-            "llm": LanguageModelStage(self.lm, tokenizer, ComputeThread(), rows),
-            "detokenizer": DetokenizerStage(self.detokenizer, ComputeThread(), ComputeThread()),
+            "tokenizer": TokenizerStage(self.encoder, thread()),
+            "llm": LanguageModelStage(self.lm, tokenizer, thread(urgent=True), rows),
+            "detokenizer": DetokenizerStage(self.detokenizer, thread(), ComputeThread()),
         }
 
 
@@ -276,38 +283,51 @@ def question(seconds: float = 5.0) -> tuple[Message, Chunk]:
     return Message(role=ROLE_USER, audio=clip), Chunk(final=True, input=InputAudio(data=noise, clip_end=True))
 
 
-async def call(stages: dict[str, Stage], seed: int, steps: int) -> tuple[float, Player]:
-    """One turn: seconds from the end of its question to its first sound, and what its caller heard. inf: no sound."""
+@dataclass
+class Heard:
+    """What the caller of one turn heard."""
+
+    first: float = float("inf")  # seconds from the end of the question to the first sound; inf: none
+    player: Player = field(default_factory=Player)
+    steps: list[float] = field(default_factory=list)  # when each came
+
+
+async def call(stages: dict[str, Stage], seed: int, steps: int) -> Heard:
+    """One turn."""
     message, sound = question()
     options = TurnOptions(max_new_tokens=steps, audio=TrackSampling(temperature=0.8, top_k=10))
     turn = Turn(messages=[message], seed=seed, options=options, route=[kind.number for kind in STAGES.values()])
-    begin, first, player = time.perf_counter(), float("inf"), Player()
+    begin, heard = time.perf_counter(), Heard()
     async for kind, chunk in run_route(stages, turn, [sound]):
-        if kind.name != "detokenizer" or not chunk.speech.pcm:
-            continue
         now = time.perf_counter() - begin
-        first = min(first, now)
-        player.feed(now, len(chunk.speech.pcm) / 2 / chunk.speech.sample_rate)
-    return first, player
+        if kind.name == "llm":
+            heard.steps.append(now)
+        if kind.name == "detokenizer" and chunk.speech.pcm:
+            heard.first = min(heard.first, now)
+            heard.player.feed(now, len(chunk.speech.pcm) / 2 / chunk.speech.sample_rate)
+    return heard
 
 
-def pipeline(parts: Parts, callers: int) -> dict[str, Any]:
+def pipeline(parts: Parts, callers: int, *, shared: bool = False) -> dict[str, Any]:
     """So many at once."""
-    stages = parts.stages(max(parts.size.callers))
+    stages = parts.stages(max(parts.size.callers), shared=shared)
 
-    async def calls() -> list[tuple[float, Player]]:
+    async def calls() -> list[Heard]:
         for stage in stages.values():
             await stage.warm_up()
         return await asyncio.gather(*(call(stages, seed, parts.size.steps) for seed in range(callers)))
 
     heard = asyncio.run(calls())
-    firsts = sorted(1e3 * first for first, _ in heard)
-    dry = [sum(wait.seconds for wait in player.dry) for _, player in heard]
+    firsts = sorted(1e3 * one.first for one in heard)
+    dry = [sum(wait.seconds for wait in one.player.dry) for one in heard]
+    gaps = sorted(1e3 * (later - step) for one in heard for step, later in pairwise(one.steps))
     aim = {1: 150.0, 16: 300.0}.get(callers)
     entry = {
         "ttfa_p50_ms": round(statistics.median(firsts), 1),
         "ttfa_max_ms": round(firsts[-1], 1),
-        "speech_seconds": round(sum(player.fed for _, player in heard), 2),
+        "step_p50_ms": round(statistics.median(gaps), 2),
+        "step_p99_ms": round(gaps[int(0.99 * len(gaps))], 2),
+        "speech_seconds": round(sum(one.player.fed for one in heard), 2),
         "underrun_seconds": round(sum(dry), 3),
         "callers_with_underrun": sum(map(bool, dry)),
     }
@@ -348,6 +368,7 @@ def jobs(parts: Parts, floors: Floors) -> Iterator[tuple[tuple[str, ...], Callab
         yield ("speak", str(rows)), lambda rows=rows: speak(parts, floors, rows)  # type: ignore[misc]
     for callers in size.callers:
         yield ("pipeline", str(callers)), lambda callers=callers: pipeline(parts, callers)  # type: ignore[misc]
+        yield ("streams", str(callers)), lambda callers=callers: pipeline(parts, callers, shared=True)  # type: ignore[misc]
     yield ("load",), lambda: load(parts)
 
 

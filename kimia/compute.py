@@ -43,17 +43,22 @@ _FEATURE_DTYPES = {number: dtype for dtype, number in FEATURE_TYPES.items()}
 class ComputeThread:
     """The thread in which a process computes."""
 
-    def __init__(self, threads: int = 0, *, calls: int = 1) -> None:
+    def __init__(self, threads: int = 0, *, calls: int = 1, stream: torch.cuda.Stream | None = None) -> None:
         """`threads` that torch may use for one operation; 0: as it is set up.
 
-        `calls` at once: 1, except where a call only waits for another machine.
+        `calls` at once: 1, except where a call only waits for another machine. `stream`: into which it computes, for as
+        long as it lives (`own_stream`); None: the device's default stream.
         """
         self._threads = threads
+        self._stream = stream
         self._executor = ThreadPoolExecutor(calls, "compute", initializer=self._set_up)
 
     def _set_up(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))  # where the weights came in
+            torch.cuda.set_stream(self._stream)  # of this thread alone
 
     def turn(self) -> TurnCompute:
         """What one turn computes, and how long it takes."""
@@ -86,6 +91,17 @@ class TurnCompute:
                 self.seconds += time.perf_counter() - begin
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+def own_stream(device: torch.device, *, urgent: bool = False) -> torch.cuda.Stream | None:
+    """A stream for one of several stages that compute on a device; None on a CPU, which has none.
+
+    `urgent`: its kernels go before those of the others that wait, as torch.cuda.Stream has it: the lower number first.
+    """
+    if device.type != "cuda":
+        return None
+    least, greatest = torch.cuda.Stream.priority_range()  # type: ignore[call-arg]  # static, whatever its stub says
+    return torch.cuda.Stream(device, priority=greatest if urgent else least)  # type: ignore[no-untyped-call]
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model, replayed
+from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model, own_stream, replayed
 from kimia.errors import AudioError, CheckpointError, ParameterError
 from kimia.runtime.settings import Settings
 from kimia.v1.turn_pb2 import (
@@ -146,3 +146,45 @@ async def test_a_log_is_replayed_in_its_order() -> None:
 
 def test_a_log_that_is_cut_off_is_named() -> None:
     assert "`encoded`" in str(cut_off("encoded"))
+
+
+# ---- streams ----------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """What stands for a stream where there is no CUDA."""
+
+    def __init__(self, device, priority=0):
+        self.device, self.priority, self.waited_for = device, priority, []
+
+    @staticmethod
+    def priority_range():
+        return 0, -3
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+def test_the_urgent_stage_has_the_stream_of_the_highest_priority(monkeypatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    device = torch.device("cuda", 0)
+    urgent, other, another = own_stream(device, urgent=True), own_stream(device), own_stream(device)
+    least, greatest = torch.cuda.Stream.priority_range()
+    assert (urgent.priority, other.priority, another.priority) == (greatest, least, least)
+    assert urgent.priority < other.priority
+    assert other is not another
+    assert urgent.device == device
+    assert own_stream(torch.device("cpu"), urgent=True) is None
+
+
+async def test_a_thread_computes_in_its_stream_behind_what_was_loaded(monkeypatch) -> None:
+    entered: list[tuple[int, object]] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: entered.append((threading.get_ident(), stream)))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
+    stream = Stream("cuda:1")
+    thread = ComputeThread(stream=stream)
+    where = [await thread.turn().run(threading.get_ident) for _ in range(2)]
+    thread.close()
+    assert entered == [(where[0], stream)]  # once, for the life of the thread
+    assert stream.waited_for == ["default of cuda:1"]

@@ -23,11 +23,13 @@ from kimia.model.preset_file import PRESET_SUFFIX, PresetFile, files_of
 from kimia.model.schedule import SCHEDULES
 
 STAGES = ("tokenizer", "llm", "detokenizer")
+COLOCATED = "colocated"  # the host of all three
 HOST = "127.0.0.1"
 STAGE_GRACE = 35.0  # seconds: KIMIA_DRAIN_SECONDS and a little
 EPILOG = """examples:
   kimia checkpoint new --preset tiny model && kimia up --model model
   kimia up --model DIR --replicas llm=2 detokenizer=3
+  kimia up --model DIR --colocated                     one process for the three stages: one GPU
   kimia up --fake --port 0 --run 'kimia talk question.wav'
 
 Everything else is set by the environment, as in production: KIMIA_ROWS, KIMIA_LEASE_SECONDS, KIMIA_LOG_LEVEL ...
@@ -45,6 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fake", action="store_true", help="stages without a model, with the timing of a busy GPU")
     group.add_argument(
         "--replicas", nargs="+", default=[], metavar="STAGE=N", help=f"processes of {', '.join(STAGES)} (default: 1)"
+    )
+    group.add_argument(
+        "--colocated", action="store_true", help="all stages in one process; --replicas colocated=N of them"
     )
     group.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST}, this machine only)")
     group.add_argument("--port", type=int, default=50051, help="port of the service (default: 50051; 0: any free one)")
@@ -64,7 +69,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start everything and keep it running; 0 after Ctrl-C. With --run the command's exit code, 130 after Ctrl-C."""
     root = checkout_root()
-    replicas = read_replicas(args.replicas)
+    replicas = read_replicas(args.replicas, (COLOCATED,) if args.colocated else STAGES)
+    if args.colocated and args.fake:
+        raise ParameterError("--colocated is for stages with a model; leave out --colocated or --fake")
     if not args.fake:
         check_model(model_location(args))
     presets = known_presets(args)
@@ -181,14 +188,14 @@ def checkout_root() -> Path:
     return root
 
 
-def read_replicas(given: list[str]) -> dict[str, int]:
-    """How many processes of each stage. Raises ParameterError."""
-    replicas = dict.fromkeys(STAGES, 1)
+def read_replicas(given: list[str], kinds: Sequence[str] = STAGES) -> dict[str, int]:
+    """How many processes of each kind. Raises ParameterError."""
+    replicas = dict.fromkeys(kinds, 1)
     for item in given:
         stage, _, number = item.partition("=")
         if stage not in replicas or not number.isdecimal() or int(number) < 1:
             raise ParameterError(
-                f"--replicas takes STAGE=N with N from 1, STAGE one of {', '.join(STAGES)}; got {item!r}"
+                f"--replicas takes STAGE=N with N from 1, STAGE one of {', '.join(kinds)}; got {item!r}"
             )
         replicas[stage] = int(number)
     return replicas

@@ -244,6 +244,35 @@ def plan(
     ]
 
 
+def host_bytes(
+    configs: ModelConfigs, rows: Mapping[str, int], kept: int | None = None, *, quantized: bool = False
+) -> dict[str, float]:
+    """What each stage of a co-located host may take of its GPU, by name: weights, and the state of its turns.
+
+    `rows` of each stage by name. Keys and values of the llm: `kept` bytes (KIMIA_PREFIX_BYTES; None: its rows filled to
+    the end of the context); of the detokenizer: twice its rows, since a parked turn keeps its own.
+    """
+    assert configs.flow is not None
+    counts = cost.parameter_counts(configs)
+    filled = rows["llm"] * configs.lm.max_positions * cost.kv_bytes_per_position(configs.lm, BF16)
+    flow_turn = 2 * configs.flow.hidden_size * configs.flow.depth * (STEADY.prefix + STEADY.frames) * BF16
+    return {
+        "tokenizer": counts["whisper encoder"] * BF16 + counts["vq tokenizer"] * FP32,
+        "llm": cost.language_model_bytes(configs.lm, BF16, quantized) + (filled if kept is None else kept),
+        "detokenizer": counts["flow matching"] * BF16 + counts["vocoder"] * FP32 + 2 * rows["detokenizer"] * flow_turn,
+    }
+
+
+def check_host(needed: Mapping[str, float], free: float) -> None:
+    """Raise ParameterError with the arithmetic where stages that take so many bytes do not fit in `free` bytes."""
+    if sum(needed.values()) > free * (1 - RESERVED):
+        told = " + ".join(f"{stage} {_gb(size)}" for stage, size in needed.items())
+        raise ParameterError(
+            f"{told} do not fit in nine tenths of the {_gb(free)} that are free on this GPU; lower KIMIA_LLM_ROWS or "
+            "KIMIA_PREFIX_BYTES, set KIMIA_QUANTIZE, or give the stages GPUs of their own"
+        )
+
+
 def _tokenizer(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) -> StagePlan:
     counts = cost.parameter_counts(configs)
     weights = counts["whisper encoder"] * BF16 + counts["vq tokenizer"] * FP32

@@ -189,13 +189,15 @@ class Graphs:
 
     def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Run once beside the graph, for what libraries set up at first use, then record."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
+        here = torch.cuda.current_stream()
+        side = torch.cuda.Stream(priority=here.priority)  # type: ignore[no-untyped-call]  # kernels keep it in a graph
+        side.wait_stream(here)
         with torch.cuda.stream(side):
             work()
-        torch.cuda.current_stream().wait_stream(side)
+        here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # What other threads of the process ask of CUDA meanwhile (memory, above all) must not end the capture.
+        with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
             work()
         return graph
 

@@ -23,7 +23,7 @@ from structlog.types import EventDict, Processor
 if TYPE_CHECKING:
     from kimia.runtime.settings import Settings
 
-__all__ = ["bound_turn", "configure", "get_logger"]
+__all__ = ["bound_stage", "bound_turn", "configure", "get_logger"]
 
 LONGEST_VALUE = 500  # characters of a field; tracebacks are whole
 _FIELDS_KEPT = frozenset({"exception", "stack", "event"})
@@ -37,6 +37,11 @@ def get_logger(**fields: Any) -> structlog.stdlib.BoundLogger:
 def bound_turn(turn_id: str, **fields: Any) -> AbstractContextManager[None]:
     """While it is open, every line of this task and of those it starts carries the turn's id and these fields."""
     return structlog.contextvars.bound_contextvars(turn=turn_id, **fields)
+
+
+def bound_stage(name: str) -> AbstractContextManager[None]:
+    """While it is open, lines of this task name the stage: where a process has several."""
+    return structlog.contextvars.bound_contextvars(stage=name)
 
 
 def configure(settings: Settings, service: str) -> None:

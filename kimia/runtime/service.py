@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kimia.streams.ledger import Ledger
     from kimia.streams.wire import Wire
 
-__all__ = ["Service", "connect", "consumer_name", "run_service", "run_stage"]
+__all__ = ["Service", "StageService", "connect", "consumer_name", "in_thread", "run_service", "run_stage"]
 
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.1, 5.0  # between attempts to reach Redis
 

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     )
     preset: str = Field("", description="Preset of turns that name none. Empty: `low-latency`")
     rows: int = Field(4, ge=1, description="Turns that a stage computes at once. The same for all llm workers")
+    tokenizer_rows: int = Field(0, ge=0, description="The same of the tokenizer in a co-located host. 0: `KIMIA_ROWS`")
+    llm_rows: int = Field(0, ge=0, description="The same of the llm in a co-located host. 0: `KIMIA_ROWS`")
+    detokenizer_rows: int = Field(
+        0, ge=0, description="The same of the detokenizer in a co-located host. 0: `KIMIA_ROWS`"
+    )
     prefix_bytes: int = Field(
         -1,
         ge=-1,

@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model, replayed
+from kimia.compute import ComputeThread, cut_off, feature_bytes, feature_rows, open_model, own_stream, replayed
 from kimia.errors import ParameterError
 from kimia.model.chunking import ChunkPlanner, Push
 from kimia.model.detokenize import Detokenizer, Synthesis
@@ -51,17 +51,21 @@ class DetokenizerStage:
         self._scheduler = Scheduler(detokenizer, compute, vocoder)
 
     @classmethod
-    def load(cls, settings: Settings) -> DetokenizerStage:
-        """Load the detokenizer of the settings' checkpoint. Raises CheckpointError, ParameterError."""
+    def load(cls, settings: Settings, *, shared: bool = False) -> DetokenizerStage:
+        """Load the detokenizer of the settings' checkpoint; `shared`: other stages of this process compute there, too.
+
+        Raises CheckpointError, ParameterError.
+        """
         place = open_model(settings, detokenizer=True)
+        flow = ComputeThread(settings.threads, stream=own_stream(place.device) if shared else None)
         if settings.engine:
             host = TritonHost.at(settings.engine)
             vocoder = HostedVocoder.of(place.checkpoint, host)
             detokenizer = Detokenizer(load_dit(place.checkpoint.flow, place.device, place.dtype), vocoder)
             waiting = ComputeThread(settings.threads, calls=settings.rows)
-            return cls(detokenizer, ComputeThread(settings.threads), waiting, host)
+            return cls(detokenizer, flow, waiting, host)
         detokenizer = Detokenizer.load(place.checkpoint, place.device, place.dtype)
-        return cls(detokenizer, ComputeThread(settings.threads), ComputeThread(settings.threads))
+        return cls(detokenizer, flow, ComputeThread(settings.threads))  # the vocoder's stream is its renderer's
 
     async def warm_up(self) -> None:
         """Speak for a second, when the vocoder's host is there. Raises CheckpointError if it is the wrong one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from kimia.compute import ComputeThread, open_model, replayed
+from kimia.compute import ComputeThread, open_model, own_stream, replayed
 from kimia.errors import ParameterError
 from kimia.model.conversation import Message
 from kimia.model.engine import Engine, context_bytes
@@ -69,15 +69,19 @@ class LanguageModelStage:
         self.scheduler = Scheduler(Engine(lm, rows, prefixes), compute)
 
     @classmethod
-    def load(cls, settings: Settings) -> LanguageModelStage:
-        """Load the language model of the settings' checkpoint. Raises CheckpointError, ParameterError."""
+    def load(cls, settings: Settings, *, shared: bool = False) -> LanguageModelStage:
+        """Load the language model of the settings' checkpoint. Raises CheckpointError, ParameterError.
+
+        `shared`: other stages of this process compute there, too; they let its steps go first.
+        """
         place = open_model(settings)
         root = place.checkpoint.root
         tokenizer = TextTokenizer.load(root, place.configs.lm)
         lm = load_lm(root, device=place.device, dtype=place.dtype, quantize=settings.quantize)
         memory = settings.prefix_bytes if settings.prefix_bytes >= 0 else settings.rows * context_bytes(lm)
         prefixes = Prefixes(memory, settings.turn_ttl_seconds)
-        return cls(lm, tokenizer, ComputeThread(settings.threads), settings.rows, prefixes)
+        stream = own_stream(place.device, urgent=True) if shared else None
+        return cls(lm, tokenizer, ComputeThread(settings.threads, stream=stream), settings.rows, prefixes)
 
     async def warm_up(self) -> None:
         """Answer a greeting with a few steps of both tracks."""

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 
 from kimia.clips import wanted_sounds
-from kimia.compute import FEATURE_TYPES, ComputeThread, cut_off, feature_bytes, open_model, replayed
+from kimia.compute import FEATURE_TYPES, ComputeThread, cut_off, feature_bytes, open_model, own_stream, replayed
 from kimia.model.encode import AudioEncoder
 from kimia.model.fingerprint import fingerprint
 from kimia.model.prompt import Encoded as EncodedClip
@@ -43,8 +43,11 @@ class TokenizerStage:
         self.fingerprint = fingerprint
 
     @classmethod
-    def load(cls, settings: Settings) -> TokenizerStage:
-        """Load the encoders of the settings' checkpoint. Raises CheckpointError, ParameterError."""
+    def load(cls, settings: Settings, *, shared: bool = False) -> TokenizerStage:
+        """Load the encoders of the settings' checkpoint; `shared`: other stages of this process compute there, too.
+
+        Raises CheckpointError, ParameterError.
+        """
         place = open_model(settings)
         if settings.engine:
             return cls(HostedEncoders(place, TritonHost.at(settings.engine)), ComputeThread(settings.threads))
@@ -52,7 +55,8 @@ class TokenizerStage:
         encoder = AudioEncoder.load(place.checkpoint, width, place.device, place.dtype)
         folders = (place.checkpoint.whisper, place.checkpoint.vq_tokenizer)
         name = fingerprint(folders, str(width), str(place.dtype))
-        return cls(encoder, ComputeThread(settings.threads), name)
+        stream = own_stream(place.device) if shared else None
+        return cls(encoder, ComputeThread(settings.threads, stream=stream), name)
 
     async def warm_up(self) -> None:
         """Encode a second of silence, once the encoders' host is there. Raises CheckpointError if it has others."""

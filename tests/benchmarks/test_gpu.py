@@ -28,6 +28,8 @@ def test_slices_until_all_is_there(tmp_path, capsys, monkeypatch) -> None:
     assert found["decode_fp8"]["1"]["ms"] > 0
     assert found["pipeline"]["1"]["speech_seconds"] > 0
     assert found["pipeline"]["1"]["ttfa_p50_ms"] > 0
+    assert found["streams"]["1"].keys() == found["pipeline"]["1"].keys()
+    assert 0 < found["streams"]["1"]["step_p50_ms"] <= found["streams"]["1"]["step_p99_ms"]
     assert found["load"]["gigabytes"] > 0
     assert Measured.read(out).decode(2, 0) == found["decode"]["2"]["ms"] / 1e3
     capsys.readouterr()

@@ -47,6 +47,15 @@ def test_one_process_per_replica(tmp_path) -> None:
     assert parts[1].environment["KIMIA_READY_FILE"] != parts[2].environment["KIMIA_READY_FILE"]
 
 
+def test_a_host_takes_the_place_of_the_stages(tmp_path) -> None:
+    chosen = plan(tmp_path, "--model", "own/er", "--colocated")
+    parts = chosen.stages(read_replicas(["colocated=2"], [up.COLOCATED]))
+    assert [part.name for part in parts] == ["colocated.1", "colocated.2"]
+    assert list(parts[0].command) == [sys.executable, "-m", "services.colocated"]
+    with pytest.raises(ParameterError, match="STAGE one of colocated"):
+        read_replicas(["llm=2"], [up.COLOCATED])
+
+
 def test_settings_travel_by_the_environment(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("KIMIA_LOG_FORMAT", raising=False)
     monkeypatch.setenv("KIMIA_LOG_LEVEL", "error")
@@ -157,6 +166,7 @@ def test_the_embedded_store_keeps_its_data_where_it_is_told(tmp_path) -> None:
         (["--model", "/no/such"], "is no folder"),
         (["--fake", "--replicas", "llm=0"], "STAGE=N"),
         (["--fake", "--port", "70000"], "0 to 65535"),
+        (["--fake", "--colocated"], "leave out --colocated or --fake"),
     ],
 )
 def test_mistakes_are_one_line(given, complaint, capsys) -> None:

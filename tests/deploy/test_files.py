@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("tokenizer", "llm", "detokenizer")
-PROCESSES = (*STAGES, "orchestrator")
+PROCESSES = (*STAGES, "colocated", "orchestrator")
 OWN = "# ---- What this image adds ----"
 EXAMPLE = (ROOT / "deploy/.env.example").read_text(encoding="utf-8")
 COMPOSE = (ROOT / "deploy/compose.yaml").read_text(encoding="utf-8")
@@ -36,6 +36,13 @@ def test_the_stages_share_every_layer_but_their_own_code(stage: str) -> None:
     assert own.count("COPY") == 2
     others = [name for name in STAGES if name != stage]
     assert not any(f"services/{name}" in dockerfile(stage) for name in others)
+
+
+def test_the_host_has_the_layers_of_the_stages_and_the_code_of_all() -> None:
+    shared, own = dockerfile("colocated").split(OWN)
+    assert instructions(shared) == instructions(dockerfile("llm").split(OWN)[0])
+    for name in (*STAGES, "colocated"):
+        assert f"COPY services/{name} services/{name}\n" in own
 
 
 @pytest.mark.parametrize("process", PROCESSES)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kimia.errors import ConfigError, ParameterError
-from kimia.model.capacity import CHUNK_SECONDS, LOAD, Floors, Measured, Traffic, plan
+from kimia.model.capacity import CHUNK_SECONDS, LOAD, Floors, Measured, Traffic, check_host, host_bytes, plan
 from kimia.model.checkpoint_presets import PRESETS
 from kimia.model.gpus import find_gpu
 from kimia.model.random_weights import preset_configs
@@ -124,3 +124,29 @@ def test_profiles_that_are_none(content, tmp_path) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"gpu\.sh|cannot be parsed"):
         Measured.read(path)
+
+
+# ---- all stages on one GPU --------------------------------------------------------------------------------------
+
+ROWS = {"tokenizer": 4, "llm": 16, "detokenizer": 4}
+
+
+def test_what_a_host_may_take_is_the_sum_of_its_stages(released) -> None:
+    needed = host_bytes(released, ROWS)
+    alone = host_bytes(released, dict.fromkeys(ROWS, 0))
+    assert sum(alone.values()) == pytest.approx(26.3e9, rel=0.01)  # the weights, as README has it
+    kv = 2 * released.lm.kv_heads * released.lm.head_dim * (released.lm.layers + released.lm.mimo_layers) * 2
+    assert needed["llm"] - alone["llm"] == pytest.approx(16 * released.lm.max_positions * kv)
+    assert needed["detokenizer"] > alone["detokenizer"]
+    assert needed["tokenizer"] == alone["tokenizer"]
+    assert host_bytes(released, ROWS, kept=10**9)["llm"] == alone["llm"] + 10**9
+    assert host_bytes(released, ROWS, kept=0, quantized=True)["llm"] < 0.7 * alone["llm"]
+
+
+def test_a_host_that_does_not_fit_is_refused_with_the_arithmetic(released) -> None:
+    needed = host_bytes(released, ROWS)
+    room = sum(needed.values())
+    check_host(needed, 1.12 * room)
+    with pytest.raises(ParameterError, match=r"tokenizer .* GB \+ llm .* GB \+ detokenizer .* GB do not fit"):
+        check_host(needed, 1.1 * room)  # a tenth of it is for all else
+    check_host(host_bytes(released, {**ROWS, "llm": 1}), 1.1 * room)

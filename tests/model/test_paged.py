@@ -1,5 +1,6 @@
 """The step over pages against the step turn by turn; what a graph relies on; the graph itself where there is CUDA."""
 
+import contextlib
 import gc
 import math
 
@@ -259,3 +260,38 @@ def test_flash_in_pages_equals_gathering(monkeypatch):
     monkeypatch.setattr(paged, "flash_fits", lambda q: False)
     plain = gathering._fused.step([answer.feed() for answer in turns[1]], BOTH)[:, :2]
     torch.testing.assert_close(fast, plain, atol=5e-2, rtol=5e-2)
+
+
+def test_a_graph_is_captured_at_the_priority_of_its_thread_whatever_other_threads_do(monkeypatch) -> None:
+    """Looked at from outside, with what stands for CUDA: no capture has been run with other stages beside it."""
+    asked, here = {}, type("Here", (), {"priority": -3, "wait_stream": lambda *_: None})()
+
+    class Stream:
+        def __init__(self, priority=0):
+            self.priority, self.wait_stream = priority, lambda _: None
+
+    def capture(graph, **how):
+        asked.update(how)
+        return contextlib.nullcontext()
+
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self)
+
+    for name, stand_in in {
+        "graph_pool_handle": lambda: "pool",
+        "current_stream": lambda: here,
+        "Stream": Stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    work = []
+    Graphs().run("key", lambda: work.append(1))
+    assert len(work) == 2  # once beside the graph
+    assert len(replayed) == 1
+    assert asked["stream"].priority == -3
+    assert (asked["pool"], asked["capture_error_mode"]) == ("pool", "thread_local")
