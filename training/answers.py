@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kimia.model.conversation import OutputType
 from kimia.model.presets import PRESETS, Preset
 from kimia.pipeline import KimiAudio, TurnDone
+from training.ahead import made
 from training.augment import mu_law_8k, resampled
 from training.classroom import resampled_speech
 from training.listening import transcript
@@ -29,6 +30,7 @@ from training.voices import CALLERS, HEARING_RATE, SPEAKER, STRANGERS, Cache, Vo
 
 Line = Callable[[np.ndarray], np.ndarray]  # what happens to a wave (S,) at HEARING_RATE on its way
 Task = Callable[..., Example]
+T = TypeVar("T")
 Row = tuple[str, tuple[str, ...]]  # a measure, and its cell for each group of voices
 
 VOICES: Mapping[str, Sequence[Voice]] = {"speaker": (SPEAKER,), "callers": CALLERS, "strangers": STRANGERS}
@@ -108,21 +110,21 @@ class Told:
     """What was answered to an example."""
 
     wanted: str
-    done: TurnDone
-
-    @property
-    def codes(self) -> Sequence[int]:
-        """Of the spoken answer."""
-        return self.done.result.audio_codes
+    text: str
+    codes: tuple[int, ...]  # of the spoken answer
 
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions to a shop: `items` of each task and group of voices, `listen` of which a judge listens to."""
+    """Questions to a shop: `items` of each task and group of voices, `listen` of which a judge listens to.
+
+    With `workers`, so many processes ask them.
+    """
 
     shop: Shop
     items: int
     listen: int
+    workers: int = 0
 
     def rows(self) -> Iterator[Row]:
         """All measures."""
@@ -144,8 +146,8 @@ class Exam:
         if line is not direct:
             return
         for preset in PRESETS.values():
-            heard = [[self._heard(one, preset) for one in told[: self.listen]] for told in groups]
-            own = [[one.done.text for one in told[: self.listen]] for told in groups]
+            heard = [self._heard(told[: self.listen], preset) for told in groups]
+            own = [[one.text for one in told[: self.listen]] for told in groups]
             wanted = [[one.wanted for one in told[: self.listen]] for told in groups]
             yield (
                 f"calls, {preset.name}: words heard that are not in the answer's text",
@@ -161,21 +163,33 @@ class Exam:
         rng = random.Random("say")
         texts = [say(rng, held_out=True).answer for _ in range(self.listen)]
         for preset in PRESETS.values():
-            heard = [transcript(self.shop.said(text, preset)) for text in texts]
+            heard = self._made("say", len(texts), lambda index: transcript(self.shop.said(texts[index], preset)))  # noqa: B023
             yield f"say, {preset.name}: words heard wrongly", (str(errors(texts, heard, words=True)), "", "")
 
-    def _heard(self, told: Told, preset: Preset) -> str:
-        return transcript(self.shop.speech(told.codes, preset)) if told.codes else ""
+    def _heard(self, told: Sequence[Told], preset: Preset) -> list[str]:
+        def heard(index: int) -> str:
+            codes = told[index].codes
+            return transcript(self.shop.speech(codes, preset)) if codes else ""
+
+        return self._made(preset.name, len(told), heard)
 
     def _each(self, task: Task, line: Line, measure: Callable[[Sequence[Told]], ErrorRate]) -> tuple[str, ...]:
         return tuple(str(measure(self._told(task, voices, line))) for voices in VOICES.values())
 
     def _told(self, task: Task, voices: Sequence[Voice], line: Line) -> list[Told]:
         """Held-out examples in these voices with their answers; the same examples for every checkpoint and line."""
-        rng, noise = random.Random(task.__name__), np.random.default_rng(self.items)
+        rng = random.Random(task.__name__)
         examples = [(task(rng, held_out=True), rng.choice(voices)) for _ in range(self.items)]
-        shown = tqdm(examples, desc=task.__name__, disable=None)
-        return [Told(example.answer, self.shop.answer(example, voice, line, noise)) for example, voice in shown]
+
+        def told(index: int) -> Told:
+            example, voice = examples[index]
+            done = self.shop.answer(example, voice, line, np.random.default_rng((self.items, index)))
+            return Told(example.answer, done.text, tuple(done.result.audio_codes))
+
+        return self._made(task.__name__, self.items, told)
+
+    def _made(self, what: str, count: int, make: Callable[[int], T]) -> list[T]:
+        return [*tqdm(made(make, range(count), self.workers), what, count, leave=False, disable=None)]
 
 
 # ---- measures ---------------------------------------------------------------------------------------------------
@@ -191,12 +205,12 @@ def errors(wanted: Sequence[str], told: Sequence[str], *, words: bool = False) -
 
 def words_wrong(told: Sequence[Told]) -> ErrorRate:
     """Of written answers."""
-    return errors([one.wanted for one in told], [one.done.text for one in told], words=True)
+    return errors([one.wanted for one in told], [one.text for one in told], words=True)
 
 
 def answers_wrong(told: Sequence[Told]) -> ErrorRate:
     """Of written answers; one word wrong is all wrong."""
-    return errors([one.wanted for one in told], [one.done.text for one in told])
+    return errors([one.wanted for one in told], [one.text for one in told])
 
 
 def intents(answers: Sequence[str]) -> list[str]:
@@ -206,4 +220,4 @@ def intents(answers: Sequence[str]) -> list[str]:
 
 def intents_wrong(told: Sequence[Told]) -> ErrorRate:
     """Of written answers."""
-    return errors(intents([one.wanted for one in told]), intents([one.done.text for one in told]))
+    return errors(intents([one.wanted for one in told]), intents([one.text for one in told]))

@@ -1,8 +1,9 @@
 """Lessons for the language model: examples spoken by voices, heard by the finished encoders, kept in shards.
 
 A caller's words are said by a random voice and changed on the way (pitch, pace, noise, phone line); the shop's words
-are the speaking voice's, begun at a random place inside a token. Making a lesson costs more than learning from it, so
-shards are made once, each from its own seed, and a broken-off run goes on with the next one.
+are the speaking voice's, always begun with a token: one text has one coding, and drawing it needs no luck. Making a
+lesson costs more than learning from it, so shards are made once, each from its own seed, and a broken-off run goes on
+with the next one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from training.sounds import sound
 from training.tasks import Example, Part, sample_example
 from training.voices import CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, Cache, Voice
 
-TOKEN_SAMPLES = 1280  # at the hearing rate
 KEEPS_PACE = ("style",)  # tasks whose answer is the pace: nothing else may change it
 
 
@@ -57,7 +57,7 @@ class Classroom:
             if part.kind != "text"
         }
         clips = dict(zip(waves, self.encoder.encode(list(waves.values())), strict=True)) if waves else {}
-        answer = self.codes(self._shop(example.answer, noise)) if example.spoken else ()
+        answer = self.codes(self._shop(example.answer)) if example.spoken else ()
         return lesson(example, clips, answer, self.config, self.tokenizer)
 
     def codes(self, wave: np.ndarray) -> tuple[int, ...]:
@@ -69,15 +69,14 @@ class Classroom:
         if part.kind == "sound":
             return augmented(noise, sound(part.text, noise), CALLER).wave
         if part.role == "assistant":
-            return self._shop(part.text, noise)
+            return self._shop(part.text)
         wave = resampled_speech(self.cache.speech(voice, part.text))
         if example.task in KEEPS_PACE:
             return resampled(wave, part.pace).astype(np.float32)
         return augmented(noise, wave, CALLER).wave
 
-    def _shop(self, text: str, noise: np.random.Generator) -> np.ndarray:
-        wave = resampled_speech(self.cache.speech(SPEAKER, text))
-        return np.pad(wave, (int(noise.integers(TOKEN_SAMPLES)), 0))
+    def _shop(self, text: str) -> np.ndarray:
+        return resampled_speech(self.cache.speech(SPEAKER, text))
 
 
 def resampled_speech(wave: np.ndarray) -> np.ndarray:

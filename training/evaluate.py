@@ -9,6 +9,7 @@ has seen a held-out text; strangers are voices that nothing was trained on.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kimia.model.checkpoint import ARCHIVE, SHARD_INDEX, SINGLE_FILE, Checkpoint
 from kimia.model.detokenize import Detokenizer
 from kimia.model.presets import PRESETS, Preset
 from training import encoders
+from training.ahead import made
 from training.answers import LINES, Exam, Shop
 from training.augment import CALLER, augmented
 from training.codebook import Recipe
@@ -31,9 +33,10 @@ from training.config import MicroConfigs, trainer_configs
 from training.corpus import GROUPS, Clip, held_out
 from training.encoders import EncoderTraining, name_event, read_encoder
 from training.hearing import Hearing
-from training.listening import griffin_lim, word_errors
+from training.listening import griffin_lim, transcript
 from training.scores import error_rate
 from training.sounds import SOUNDS, sound
+from training.texts import comparable
 from training.vq import VQTraining, read_vq
 
 CARD = "README.md"
@@ -58,6 +61,7 @@ class Subject:
     clips: dict[str, list[Clip]]  # by group
     listen: int  # clips of the speaking voice that the judge listens to
     corpus: Path
+    workers: int = 0  # processes that measure beside each other, where items do not need one another
 
     def rows(self) -> Iterator[Row]:
         """All measures of the parts that are there."""
@@ -70,7 +74,8 @@ class Subject:
         if (self.checkpoint.vocoder / ARCHIVE).exists() and (self.checkpoint.flow / ARCHIVE).exists():
             yield from self._speech()
             if (self.checkpoint.root / SHARD_INDEX).exists():
-                exam = Exam(Shop.load(self.checkpoint.root, self.corpus), len(self.clips[GROUPS[0]]), self.listen)
+                shop, items = Shop.load(self.checkpoint.root, self.corpus), len(self.clips[GROUPS[0]])
+                exam = Exam(shop, items, self.listen, self.workers)
                 yield from (Row(*row) for row in exam.rows())
 
     # ---- hearing ----
@@ -114,7 +119,8 @@ class Subject:
 
     def _row(self, measure: str, wave_of: Callable[[Clip], np.ndarray]) -> Row:
         clips = self._spoken()
-        errors = word_errors([clip.item.text for clip in clips], [wave_of(clip) for clip in clips])
+        heard = made(lambda number: transcript(wave_of(clips[number])), range(len(clips)), self.workers)
+        errors = error_rate([comparable(clip.item.text) for clip in clips], [*heard], words=True)
         return Row(f"{measure}: words that Whisper tiny.en hears wrongly", (str(errors), "", ""))
 
     def _vocoder(self) -> Iterator[Row]:
@@ -177,10 +183,17 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=200, help="clips of each group")
     parser.add_argument("--listen", type=int, default=100, help="clips that the judge listens to")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
+    )
     options = parser.parse_args()
     clips = {group: held_out(options.corpus, group, options.limit) for group in GROUPS}
-    subject = Subject(open_checkpoint(options.checkpoint), trainer_configs(), clips, options.listen, options.corpus)
-    figures = table(list(subject.rows()))
+    opened, configs = open_checkpoint(options.checkpoint), trainer_configs()
+    rows = []
+    for row in Subject(opened, configs, clips, options.listen, options.corpus, options.workers).rows():
+        print(row.measure, *row.cells, sep=" | ", flush=True)  # an hour's work, should it be broken off
+        rows.append(row)
+    figures = table(rows)
     print(figures)
     card = options.checkpoint / CARD
     if card.exists():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kimia.model.instructions import TRANSCRIBE
 from training.sounds import SOUNDS
 from training.texts import Exchange, sample_dialogue, sample_exchange, sample_text
 
@@ -30,7 +31,7 @@ WANTS = {  # intent -> what the caller wants, as an answer to a question about a
 }
 PACES = {"slowly": 0.82, "normally": 1.0, "fast": 1.22}
 ASKED = {
-    "transcribe": ("please write down what you hear", "transcribe this"),
+    "transcribe": ("please write down what you hear", "transcribe this", TRANSCRIBE),
     "question": ("what does the caller want", "what is this call about"),
     "caption": ("describe what you hear", "what is in this recording"),
     "sound": ("what sound is this", "name this sound"),

@@ -271,14 +271,21 @@ def sample_dialogue(rng: random.Random, *, held_out: bool, distractors: int = 1)
 
 
 def sample_text(rng: random.Random, *, held_out: bool) -> str:
-    """A sentence that some voice says: a question or an answer."""
+    """A sentence that some voice says: a question or an answer, now and then one that only a longer call holds."""
     while True:
         exchange = sample_exchange(rng, held_out=False)
         text = rng.choice((exchange.question, exchange.question, exchange.answer))
-        if rng.random() < 0.1:
-            text = rng.choice((rng.choice(REPEATS), digits(rng, rng.randint(1, 6)), REPEATED + exchange.answer))
+        if rng.random() < 0.15:
+            odd = (rng.choice(REPEATS), digits(rng, rng.randint(1, 6)), REPEATED + exchange.answer, *_recall(rng))
+            text = rng.choice(odd)
         if is_held_out(text) == held_out:
             return text
+
+
+def _recall(rng: random.Random) -> tuple[str, str]:
+    """A question for what was told before, and its answer."""
+    questions, answer = rng.choice(tuple(RECALLS.values()))
+    return _carried(rng, rng.choice(questions)), answer.format_map(_slots(rng))
 
 
 # ---- words ------------------------------------------------------------------------------------------------------

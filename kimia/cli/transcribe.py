@@ -12,11 +12,11 @@ from typing import TextIO, TypeAlias
 from kimia.cli.arguments import add_model, add_quantize, load_model
 from kimia.cli.service import add_server, open_client
 from kimia.errors import AudioError, ConversationError, KimiaError, ParameterError, RequestError
+from kimia.model.instructions import TRANSCRIBE
 
 Writer: TypeAlias = Callable[[str], str]  # a file's name to what is said in it
 
 PATIENCE = 600.0  # seconds to wait for a free row of a busy service: nobody waits on the line
-INSTRUCTION = "Please transcribe the following audio:"  # the release's own example prompt
 EPILOG = """examples:
   kimia transcribe --model DIR call.wav
   kimia transcribe --model DIR --json calls/*.wav > calls.jsonl
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kimia transcribe`."""
     parser.epilog = EPILOG
     parser.add_argument("files", nargs="+", metavar="FILE", help="WAV, FLAC, OGG or MP3; any rate from 8 to 192 kHz")
-    parser.add_argument("--instruction", default=INSTRUCTION, help=f"text before the audio (default: {INSTRUCTION!r})")
+    parser.add_argument("--instruction", default=TRANSCRIBE, help=f"text before the audio (default: {TRANSCRIBE!r})")
     parser.add_argument("--max-new-tokens", type=int, default=-1, metavar="N", help="longest transcript in tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     add_server(parser, required=False)

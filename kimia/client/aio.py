@@ -36,7 +36,6 @@ from kimia.client.events import Answer, Ended, Event
 from kimia.client.options import TurnSettings
 from kimia.client.progress import TurnProgress, TurnView
 from kimia.client.requests import (
-    INSTRUCTION,
     CallSettings,
     Session,
     call_config,
@@ -46,6 +45,7 @@ from kimia.client.requests import (
     transcribe_request,
 )
 from kimia.errors import NotFoundError
+from kimia.model.instructions import TRANSCRIBE
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
 
@@ -109,7 +109,7 @@ class AsyncKimia:
         """Speak `text`, in the voice that the conversation before it suggests."""
         return self._turn(say_request(self._identity, text, chats, settings))
 
-    async def transcribe(self, audio: Any, instruction: str = INSTRUCTION, **settings: Unpack[TurnSettings]) -> str:
+    async def transcribe(self, audio: Any, instruction: str = TRANSCRIBE, **settings: Unpack[TurnSettings]) -> str:
         """What is said in a sound: a path, the bytes of a file or (PCM bytes, rate)."""
         return (await self._turn(transcribe_request(self._identity, audio, instruction, settings)).collect()).text
 

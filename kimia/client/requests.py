@@ -27,9 +27,6 @@ class CallSettings(Options, total=False):
     input_encoding: str  # "s16le" (default), "f32le", "mulaw" or "alaw"
 
 
-INSTRUCTION = "Please transcribe the following audio:"  # the release's own example prompt
-
-
 def generate_request(
     identity: Identity, chats: Chat, output_type: str, settings: Mapping[str, Any]
 ) -> pb.GenerateRequest:

@@ -34,7 +34,6 @@ from kimia.client.events import Answer, Ended, Event
 from kimia.client.options import TurnSettings
 from kimia.client.progress import TurnProgress, TurnView
 from kimia.client.requests import (
-    INSTRUCTION,
     CallSettings,
     Session,
     call_config,
@@ -45,6 +44,7 @@ from kimia.client.requests import (
 )
 from kimia.client.sync_call import Call
 from kimia.errors import NotFoundError
+from kimia.model.instructions import TRANSCRIBE
 from kimia.v1 import kimi_audio_pb2 as pb
 from kimia.v1.kimi_audio_pb2_grpc import KimiAudioStub
 
@@ -108,7 +108,7 @@ class Kimia:
         """Speak `text`, in the voice that the conversation before it suggests."""
         return self._turn(say_request(self._identity, text, chats, settings))
 
-    def transcribe(self, audio: Any, instruction: str = INSTRUCTION, **settings: Unpack[TurnSettings]) -> str:
+    def transcribe(self, audio: Any, instruction: str = TRANSCRIBE, **settings: Unpack[TurnSettings]) -> str:
         """What is said in a sound: a path, the bytes of a file or (PCM bytes, rate)."""
         return self._turn(transcribe_request(self._identity, audio, instruction, settings)).collect().text
 

@@ -99,14 +99,20 @@ def test_a_word_too_few_makes_answers_wrong_but_not_their_intents(rates):
     assert found["memory over turns: answers wrong"] == [100.0] * 3
 
 
+def test_processes_find_what_one_finds(monkeypatch):
+    monkeypatch.setattr(answers, "transcript", answers.comparable)
+    alone, helped = ([*Exam(Oracle(words_left_out=1), 6, 3, workers).rows()] for workers in (0, 2))
+    assert helped == alone
+
+
 def test_errors_by_words_and_by_answers():
     wanted, told = ["order four two", "yes", "no"], ["order 42", "yes please", ""]
     assert errors(wanted, told).rate == pytest.approx(2 / 3)
     assert errors(wanted, told, words=True).rate == pytest.approx(2 / 5)
-    pairs = [Told(one, SimpleNamespace(text=two)) for one, two in zip(wanted, told, strict=True)]
+    pairs = [Told(one, two, ()) for one, two in zip(wanted, told, strict=True)]
     assert answers_wrong(pairs).rate == errors(wanted, told).rate
     assert words_wrong(pairs).rate == errors(wanted, told, words=True).rate
-    assert intents_wrong([Told("we are closed on sunday", SimpleNamespace(text="closed on sunday"))]).rate == 0
+    assert intents_wrong([Told("we are closed on sunday", "closed on sunday", ())]).rate == 0
 
 
 def test_a_recall_asks_for_what_was_told():
