@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kimia.model.checkpoint import open_checkpoint
+from kimia.model.instructions import TRANSCRIBE
 from kimia.model.presets import LOW_LATENCY
 from kimia.pipeline import AudioChunk, KimiAudio, TurnDone
 from training.config import LIMIT_BYTES, micro_configs, weight_bytes
@@ -38,12 +39,13 @@ def test_it_is_small_and_has_the_sizes_of_its_trainer():
     assert open_checkpoint(MICRO).root == MICRO
 
 
+@pytest.mark.parametrize("instruction", ["please write down what you hear", TRANSCRIBE])
 @pytest.mark.parametrize(
     ("name", "text"),
     [("order", "hello where is my order zero four five"), ("hours", "what time do you open on tuesday")],
 )
-def test_it_writes_down_what_a_stranger_says(micro, name, text):
-    _, heard = micro.generate([written("please write down what you hear"), said(name)], **GREEDY)
+def test_it_writes_down_what_a_stranger_says(micro, name, text, instruction):
+    _, heard = micro.generate([written(instruction), said(name)], **GREEDY)
     assert heard == text
 
 

@@ -7,7 +7,7 @@ examples=$(dirname "$0")
 sampling="--seed 1 --text-temperature 0 --audio-temperature 0"
 
 echo "The caller (order.wav, 2.9 s), as the model writes it down:"
-kimia transcribe --server "$KIMIA_SERVER" --instruction "please write down what you hear" "$examples/order.wav"
+kimia transcribe --server "$KIMIA_SERVER" "$examples/order.wav"
 echo "The answer, and where its time went:"
 # shellcheck disable=SC2086  # several words
 kimia talk "$examples/order.wav" $sampling --out "$out/answer.wav" --waterfall "$out/waterfall.svg"
