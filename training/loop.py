@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class Loop:
         self.trained = trained
         self.averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
         self.progress = Progress()
-        self._sums: dict[str, float] = {}
+        self._since: list[dict[str, float]] = []  # losses of the steps since the last report, of this run
         folder.mkdir(parents=True, exist_ok=True)
 
     # ---- running ----
@@ -118,8 +119,7 @@ class Loop:
         self.optimiser.step()
         self._average(min(self.plan.average, (step + 1) / (step + 10)))
         self.progress.step += 1
-        for key, value in {**losses, "norm": norm}.items():
-            self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
+        self._since.append({key: float(value.detach()) for key, value in {**losses, "norm": norm}.items()})
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine down to the floor."""
@@ -153,8 +153,9 @@ class Loop:
         bar.update()
         if self.progress.step % self.plan.report_every:
             return
-        means = {key: value / self.plan.report_every for key, value in self._sums.items()}
-        self._sums = {}
+        keys = dict.fromkeys(key for one in self._since for key in one)  # not every step has every loss
+        means = {key: statistics.fmean(one.get(key, 0.0) for one in self._since) for key in keys}
+        self._since = []
         self.progress.history.append(
             {
                 "step": self.progress.step,

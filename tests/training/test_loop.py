@@ -62,6 +62,19 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     torch.testing.assert_close(second.averaged["bias"], whole.averaged["bias"], rtol=0, atol=0)
 
 
+def test_the_first_report_after_a_resumption_is_a_mean_of_its_own_steps(tmp_path):
+    first = loop(tmp_path)
+    for _ in range(17):
+        first._step()
+    first.save()
+    second = loop(tmp_path)
+    losses = second.losses
+    second.losses = lambda step: {"square": losses(step)["square"] * 0 + step}
+    rows = {row["step"]: row["square"] for row in second.run().history}
+    assert rows[20] == 18.0  # of steps 17, 18 and 19
+    assert rows[30] == 24.5
+
+
 def test_a_slice_of_no_seconds_keeps_its_place(tmp_path):
     run = loop(tmp_path, Plan(steps=40, learning_rate=0.1, seconds=0.0))
     assert run.run().step == 0
