@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kimia.model.checkpoint import ARCHIVE, VQ_TOKENIZER, Stored
+from kimia.model.chunking import pushes
 from kimia.model.config import FlowConfig
 from kimia.model.dit import Chunk, DiT, Prefix, load_dit, rotary
 from kimia.model.flow import COMMIT_TIME, TIME_SCALE
 from kimia.model.layout import FLOW_PREFIX
+from kimia.model.schedule import SCHEDULES, Schedule
 from kimia.model.vq import load_vq
 from kimia.model.writing import write_torch
 from training.ahead import Ahead
@@ -43,6 +45,7 @@ FOLDER = "audio_detokenizer"  # in a checkpoint
 class Recipe:
     """How speech is cut and disturbed."""
 
+    presets: float = 0.5  # share of the steps cut exactly as a preset cuts; the others at random:
     commits: tuple[int, int] = (6, 37)  # tokens that a chunk commits, drawn between: both presets' sizes
     look_aheads: tuple[int, ...] = (4, 12)  # of the presets
     wrong_codes: float = 0.04  # share replaced by any code
@@ -122,7 +125,7 @@ class FlowTraining(nn.Module):
             inside = slice(position, end * FRAMES_PER_TOKEN)
             chunk = self.chunk(codes[:, begin:end], position, prefix)
             squares.append(self.matching(mel[:, inside], chunk, generator).flatten())
-            if end < tokens:
+            if kept < tokens:
                 clean = mel[:, position : kept * FRAMES_PER_TOKEN]
                 noise = torch.randn(clean.shape, generator=generator).to(clean.device)
                 noisy = clean + self.recipe.commit_noise * noise
@@ -136,6 +139,9 @@ class FlowTraining(nn.Module):
 
 def cuts(rng: random.Random, tokens: int, recipe: Recipe) -> Iterator[tuple[int, int, int]]:
     """Chunks as they are pushed: begin, end of what is committed, end of what is solved (all in tokens)."""
+    if rng.random() < recipe.presets:
+        yield from _as_pushed(rng.choice(tuple(SCHEDULES.values())), tokens)
+        return
     begin, look_ahead = 0, rng.choice(recipe.look_aheads)
     while True:
         kept = begin + rng.randint(*recipe.commits)
@@ -160,6 +166,15 @@ def _begin(dit: DiT) -> None:
     for gate in gates:
         assert isinstance(gate, nn.Linear)
         nn.init.zeros_(gate.weight)
+
+
+def _as_pushed(schedule: Schedule, tokens: int) -> Iterator[tuple[int, int, int]]:
+    begin = end = 0
+    for push in pushes(schedule, range(tokens)):
+        end += len(push.tokens)
+        kept = tokens if push.final else end - schedule.look_ahead
+        yield begin, kept, end
+        begin = kept
 
 
 def write_flow(root: Path, training: FlowTraining) -> None:

@@ -1,12 +1,14 @@
 """What the speaking stages learn from: the speaking voice's clips as codes, mel and sound.
 
 The codes are those that the finished tokenizer gives for the clip, begun at a random place inside the first token: the
-same sentence has many codings, and the flow model should draw the same speech from each.
+same sentence has many codings, and the flow model should draw the same speech from each. Sentences that differ in their
+digits alone are many; each of them is drawn less often for it.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from kimia.model.bigvgan import mel_spectrogram
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.vq import VQTokenizer
 from training.corpus import TOKEN_SAMPLES, Clip
+from training.texts import masked
 from training.voices import HEARING_RATE, SPEAKER, SPEECH_RATE
 
 FRAMES_PER_TOKEN = 4
@@ -55,6 +58,8 @@ class Speaking:
             )
         self.clips = sorted(clips, key=lambda clip: clip.tokens)
         self.tokenizer, self.flow, self.vocoder, self.seed = tokenizer, flow, vocoder, seed
+        often = Counter(masked(clip.item.text) for clip in self.clips)
+        self.weights = [often[masked(clip.item.text)] ** -0.5 for clip in self.clips]
 
     def spoken(self, clip: Clip, offset: int = 0) -> Spoken:
         """A clip with `offset` samples of silence before it. Without a tokenizer all codes are 0."""
@@ -72,5 +77,6 @@ class Speaking:
         """The speech of a step, alike in length: the same in every run."""
         rng = random.Random(f"{self.seed}/{step}")
         start = rng.randrange(max(1, len(self.clips) - NEIGHBOURS))
-        chosen = rng.choices(self.clips[start : start + NEIGHBOURS], k=size)
+        near = slice(start, start + NEIGHBOURS)
+        chosen = rng.choices(self.clips[near], self.weights[near], k=size)
         return [self.spoken(clip, rng.randrange(TOKEN_SAMPLES)) for clip in chosen]

@@ -346,14 +346,15 @@ def _answers() -> Mapping[str, str]:
     slots = {"day": DAYS, "item": ITEMS, "city": CITIES, "name": NAMES, "digits": DIGITS}
     count = max(map(len, slots.values()))
     rows = [{name: words[index % len(words)] for name, words in slots.items()} for index in range(count)]
-    return {_masked(intent.answer(row)): intent.name for intent in INTENTS for row in rows}
+    return {masked(intent.answer(row)): intent.name for intent in INTENTS for row in rows}
 
 
-def _masked(text: str) -> str:
+def masked(text: str) -> str:
+    """A text as judges compare it, every digit the same."""
     return re.sub(r"[0-9]", "#", comparable(text))
 
 
 def intent_of(answer: str) -> str:
     """The intent whose answers are nearest to these words; which digits they hold does not count."""
-    words = _masked(answer).split()
+    words = masked(answer).split()
     return _answers()[min(_answers(), key=lambda known: distance(known.split(), words) / len(known.split()))]

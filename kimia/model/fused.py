@@ -6,10 +6,10 @@ the parts, which become views of them: no weight is stored twice. Every operatio
 (`Scratch`), so that a step allocates next to nothing.
 
 Nobody's numbers depend on the neighbours. Matrix products always have the full number of rows, whoever fills them: a
-product of another shape would round otherwise. On a CPU the rows come in whole blocks: some processors round the rows of
-a remainder otherwise. Attention, where turns differ in length, is computed turn by turn over exactly its own positions.
-What remains works number by number. Vector and remainder of a CPU loop round an exponential otherwise, too, so the width
-of SwiGLU must leave no remainder: `Engine` sees to that.
+product of another shape would round otherwise. On a CPU the rows come in whole blocks: some processors round the rows
+of a remainder otherwise. Attention, where turns differ in length, is computed turn by turn over exactly its own
+positions. What remains works number by number. Vector and remainder of a CPU loop round an exponential otherwise, too,
+so the width of SwiGLU must leave no remainder: `Engine` sees to that.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class FusedLM:
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[RowFeed], wanted: Wanted) -> Tensor:
-        """Logits of the rows' next position, text then audio, (2, B or more, V); every turn's cache has moved on by one.
+        """Logits of the rows' next position, text then audio, (2, B or more, V); every turn's cache moves on by one.
 
         Those that are not wanted, and rows beyond the feeds, are garbage. The next step overwrites them.
         """

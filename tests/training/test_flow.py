@@ -15,7 +15,7 @@ from training.speaking import Speaking
 
 pytestmark = pytest.mark.unit
 
-SHORT = Recipe(commits=(2, 3), look_aheads=(1,))
+SHORT = Recipe(presets=0, commits=(2, 3), look_aheads=(1,))
 
 
 @pytest.fixture
@@ -35,6 +35,14 @@ def test_chunks_cover_a_clip_once_and_look_ahead_as_pushes_do():
         for (_, kept, end), (begin, _, _) in pairwise(found):
             assert begin == kept
             assert end - kept in (4, 12)
+
+
+def test_half_of_the_clips_are_cut_exactly_as_a_preset_cuts():
+    low_latency = [(0, 6, 10), (6, 18, 22), (18, 42, 46), (42, 50, 50)]
+    upstream = [(0, 18, 30), (18, 50, 50)]
+    found = [list(cuts(random.Random(seed), 50, Recipe())) for seed in range(60)]
+    assert 6 < found.count(low_latency) < 24
+    assert 6 < found.count(upstream) < 24
 
 
 def test_a_clip_shorter_than_a_push_is_one_final_chunk():

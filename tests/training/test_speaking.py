@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kimia.errors import AudioError, ParameterError
+from training.smoke import tones
 from training.speaking import Speaking, Spoken
 
 pytestmark = pytest.mark.unit
@@ -49,3 +50,13 @@ def test_other_voices_are_refused(configs, tone_clips):
 def test_a_step_s_batch_is_the_same_in_every_run(configs, speaker_clips):
     first, again = (speaking(configs, speaker_clips).batch(4, 3) for _ in range(2))
     assert all(torch.equal(one.wave, other.wave) for one, other in zip(first, again, strict=True))
+
+
+def test_sentences_that_differ_in_digits_alone_are_drawn_less_often_each(configs):
+    texts = ["order one two", "order three four", "order five six", "order zero zero", "goodbye"]
+    clips = [tones("hibari", text, 6, seed) for seed, text in enumerate(texts)]
+    assert speaking(configs, clips).weights == [0.5, 0.5, 0.5, 0.5, 1.0]
+    made = speaking(configs, clips)
+    made.spoken = lambda clip, offset: clip.item.text
+    drawn = [text for step in range(40) for text in made.batch(step, 10)]
+    assert 100 < drawn.count("goodbye") < 170  # a third of 400; were all alike it were a fifth
