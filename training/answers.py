@@ -163,7 +163,7 @@ class Exam:
         rng = random.Random("say")
         texts = [say(rng, held_out=True).answer for _ in range(self.listen)]
         for preset in PRESETS.values():
-            heard = self._made("say", len(texts), lambda index: transcript(self.shop.said(texts[index], preset)))  # noqa: B023
+            heard = self._said(texts, preset)
             yield f"say, {preset.name}: words heard wrongly", (str(errors(texts, heard, words=True)), "", "")
 
     def _heard(self, told: Sequence[Told], preset: Preset) -> list[str]:
@@ -172,6 +172,9 @@ class Exam:
             return transcript(self.shop.speech(codes, preset)) if codes else ""
 
         return self._made(preset.name, len(told), heard)
+
+    def _said(self, texts: Sequence[str], preset: Preset) -> list[str]:
+        return self._made("say", len(texts), lambda index: transcript(self.shop.said(texts[index], preset)))
 
     def _each(self, task: Task, line: Line, measure: Callable[[Sequence[Told]], ErrorRate]) -> tuple[str, ...]:
         return tuple(str(measure(self._told(task, voices, line))) for voices in VOICES.values())

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from kimia.errors import ConfigError, ParameterError
 from kimia.model import cost
-from kimia.model.config import read_json
+from kimia.model.config import FlowConfig, read_json
 from kimia.model.consistency import ModelConfigs
 from kimia.model.cost import Cost, FlowChunk
 from kimia.model.detokenize import UPSAMPLE
@@ -253,13 +253,12 @@ def host_bytes(
     the end of the context); of the detokenizer: twice its rows, since a parked turn keeps its own.
     """
     assert configs.flow is not None
-    counts = cost.parameter_counts(configs)
     filled = rows["llm"] * configs.lm.max_positions * cost.kv_bytes_per_position(configs.lm, BF16)
-    flow_turn = 2 * configs.flow.hidden_size * configs.flow.depth * (STEADY.prefix + STEADY.frames) * BF16
+    parked = 2 * rows["detokenizer"] * _flow_turn_bytes(configs.flow)
     return {
-        "tokenizer": counts["whisper encoder"] * BF16 + counts["vq tokenizer"] * FP32,
+        "tokenizer": _encoder_bytes(configs),
         "llm": cost.language_model_bytes(configs.lm, BF16, quantized) + (filled if kept is None else kept),
-        "detokenizer": counts["flow matching"] * BF16 + counts["vocoder"] * FP32 + 2 * rows["detokenizer"] * flow_turn,
+        "detokenizer": _speech_bytes(configs) + parked,
     }
 
 
@@ -273,16 +272,31 @@ def check_host(needed: Mapping[str, float], free: float) -> None:
         )
 
 
-def _tokenizer(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) -> StagePlan:
+def _encoder_bytes(configs: ModelConfigs) -> int:
+    """Weights of the tokenizer."""
     counts = cost.parameter_counts(configs)
-    weights = counts["whisper encoder"] * BF16 + counts["vq tokenizer"] * FP32
+    return counts["whisper encoder"] * BF16 + counts["vq tokenizer"] * FP32
+
+
+def _speech_bytes(configs: ModelConfigs) -> int:
+    """Weights of the detokenizer."""
+    counts = cost.parameter_counts(configs)
+    return counts["flow matching"] * BF16 + counts["vocoder"] * FP32
+
+
+def _flow_turn_bytes(flow: FlowConfig) -> int:
+    """Keys and values of one turn in the detokenizer."""
+    return 2 * flow.hidden_size * flow.depth * (STEADY.prefix + STEADY.frames) * BF16
+
+
+def _tokenizer(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) -> StagePlan:
     each = times.encode(traffic.question_seconds)
     busy = traffic.turns * each
     replicas = max(1, ceil(busy / LOAD))
     why = (
         f"{traffic.turns:.1f} turns/s ({traffic.calls} calls x {traffic.turns_per_minute:g}/min) x {_ms(each)} = "
         f"{busy:.2f} s of work a second; / {LOAD} = {replicas}",
-        _fits("tokenizer", weights, 0, gpu),
+        _fits("tokenizer", _encoder_bytes(configs), 0, gpu),
     )
     return StagePlan("tokenizer", replicas, 1, why)
 
@@ -324,9 +338,7 @@ def _language_model(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Ti
 
 def _detokenizer(traffic: Traffic, configs: ModelConfigs, gpu: GPU, times: Times) -> StagePlan:
     assert configs.flow is not None
-    counts = cost.parameter_counts(configs)
-    weights = counts["flow matching"] * BF16 + counts["vocoder"] * FP32
-    per_call = 2 * configs.flow.hidden_size * configs.flow.depth * (STEADY.prefix + STEADY.frames) * BF16
+    weights, per_call = _speech_bytes(configs), _flow_turn_bytes(configs.flow)
     seconds = {rows: times.speak(rows) / rows for rows in CHUNK_ROWS if times.speak(rows) < float("inf")}
     if not seconds:
         raise ParameterError("detokenizer: the profile has no time of a chunk; run benchmarks/gpu.sh again")
