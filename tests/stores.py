@@ -25,7 +25,8 @@ class Store:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._command = [program]
         self._environment = environment
-        self._options = {"appendonly": "yes", "save": "", "repl-diskless-sync-delay": "0", **options}
+        quick = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1"}
+        self._options = {"appendonly": "yes", "save": "", **quick, **options}
         self._process: subprocess.Popen | None = None
 
     @property
@@ -195,12 +196,27 @@ class Cluster:
 
 
 def caught_up(replica: Store) -> None:
-    """Wait until a replica has what its master has."""
+    """Wait until a replica has what its master has now.
+
+    A link that is up is not enough: Redis 7.0 sends a new replica nothing before its first acknowledgement, which may
+    take a second.
+    """
     end = time.monotonic() + SECONDS
     with replica.client() as client:
-        while client.info("replication")["master_link_status"] != "up":
+        while (found := client.info("replication"))["master_link_status"] != "up":
             assert time.monotonic() < end
             time.sleep(0.01)
+    with redis.Redis(found["master_host"], found["master_port"], decode_responses=True) as master:
+        written = int(master.info("replication")["master_repl_offset"])
+        while _acknowledged(master, replica.port) < max(written, 1):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def _acknowledged(master: redis.Redis, port: int) -> int:
+    """Bytes of its master's stream that a replica says it has; 0 before it has said anything."""
+    replicas = (value for value in master.info("replication").values() if isinstance(value, dict))
+    return next((int(one["offset"]) for one in replicas if int(one["port"]) == port), 0)
 
 
 @pytest.fixture(params=["valkey", "redis7"])
