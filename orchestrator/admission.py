@@ -2,19 +2,23 @@
 
 The reservation is renewed while the session is served. When the client vanishes it is left to itself, so that the
 client may come back within the resume window; when the process dies, it ends the same way.
+
+A journal that was restarted, or replaced by a replica, may know neither the workers nor who was admitted. Workers that
+live announce themselves again within the time that an announcement lasts, and until then nobody is refused for want of
+rows: a caller whose process died with the journal comes back, and must not be told that no worker is running.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from kimia.errors import CapacityError, UnavailableError
 from kimia.runtime.logs import get_logger
 from kimia.runtime.metrics import REFUSED
 from kimia.stage import StageKind
 from kimia.streams.ledger import Ledger
-from kimia.streams.patience import end
+from kimia.streams.patience import end, pause_after
 
 RESUME_WINDOW = 30.0  # seconds that a reservation outlives its client
 RENEWALS = 3  # attempts to renew it within that time
@@ -29,18 +33,31 @@ class Admission:
     def __init__(self, ledger: Ledger, tenant_sessions: int = 0, window: float = RESUME_WINDOW) -> None:
         self.ledger = ledger
         self.window = window
+        self.journal_is_new: Callable[[float], Awaitable[bool]] = _never  # less than so many seconds ago it was another
         self._limit = tenant_sessions or None
 
     async def admit(self, session_id: str, tenant: str, route: Sequence[StageKind], holder: str = CALL) -> Reservation:
         """Reserve a row in every stage of the route. Raises CapacityError that says when to try again."""
         reservation = Reservation(self, session_id, tenant, tuple(route), holder)
         try:
-            await reservation.reserve()
+            await self._reserved(reservation)
         except CapacityError as error:
             REFUSED.labels(error.stage or "tenant").inc()
             raise
         reservation.keep()
         return reservation
+
+    async def _reserved(self, reservation: Reservation) -> None:
+        """Reserve. A refusal counts once every worker that lives has had the time to announce its rows."""
+        refusals = 0
+        while True:
+            try:
+                return await reservation.reserve()
+            except CapacityError as error:
+                if not error.stage or not await self.journal_is_new(self.ledger.announced_seconds):
+                    raise
+            refusals += 1
+            await asyncio.sleep(pause_after(refusals))
 
     def resumed(self, session_id: str, tenant: str) -> Reservation:
         """Renew what the session still holds; where that has ended, its turn runs all the same."""
@@ -104,3 +121,7 @@ class Reservation:
                     await self.reserve()
             except (CapacityError, UnavailableError) as error:
                 log.warning("reservation not renewed", session=self._session_id, reason=error.reason)
+
+
+async def _never(_: float) -> bool:
+    return False

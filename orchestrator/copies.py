@@ -96,6 +96,7 @@ class Copies:
         self._journal = journal
         self._inbox = inbox
         self._history = ""  # under which all that is kept was written
+        self._history_since = 0.0  # the loop's clock: when this process found it
         self._seen = ""  # the newest that the inbox has come upon
         self._repairs = 0
         self._repairing = asyncio.Lock()
@@ -143,7 +144,16 @@ class Copies:
                     await self._repair()
                     self._repairs += 1
                 self._history = history
+                self._history_since = asyncio.get_running_loop().time()
             return self._repairs != before
+
+    async def is_new(self, seconds: float) -> bool:
+        """Whether this process has known the journal's history for less than so many seconds. Raises UnavailableError.
+
+        What every process says again and again within this time may still be missing there.
+        """
+        await self.repaired()
+        return asyncio.get_running_loop().time() - self._history_since < seconds
 
     def _look(self, history: str) -> None:
         """The inbox has connected anew, and this is the history that it has found."""

@@ -43,6 +43,7 @@ class Desk:
         self._followers: Counter[str] = Counter()
         self._background: set[asyncio.Task[Any]] = set()
         self._closing = asyncio.Event()
+        admission.journal_is_new = turns.copies.is_new
 
     async def aclose(self) -> None:
         """Do what is still to be done, at once."""

@@ -48,6 +48,7 @@ class Ledger:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
+        self.announced_seconds = wire.options.lease * ANNOUNCED_LEASES  # for which a worker's rows count
 
     async def announce(self, kind: StageKind, worker: str, rows: int, used: int) -> None:
         """Count a worker's rows for the next three leases.
@@ -55,8 +56,8 @@ class Ledger:
         Raises SettingsError beside a live worker whose weights are quantised otherwise, which both names say: the turns
         of one could not go on in the other.
         """
-        life = self._wire.options.lease * ANNOUNCED_LEASES
-        unlike = await self._wire.call("ledger_announce", [_workers(kind)], [worker, rows, used, _milliseconds(life)])
+        life = _milliseconds(self.announced_seconds)
+        unlike = await self._wire.call("ledger_announce", [_workers(kind)], [worker, rows, used, life])
         if unlike:
             raise SettingsError(
                 f"{worker} cannot serve beside {unlike.decode()}: a turn that changes hands goes on as it would have "

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kimia.errors import CapacityError
-from kimia.stage import DETOKENIZER, LLM
+from kimia.stage import DETOKENIZER, LLM, TOKENIZER
 from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire, WireOptions
 from orchestrator.admission import Admission
@@ -112,3 +112,43 @@ async def test_a_holder_gives_back_only_its_own_part(ledger):
     assert await reserved(ledger) == 1
     await call.release()
     assert await reserved(ledger) == 0
+
+
+async def test_a_worker_may_announce_itself_late_to_a_journal_that_is_new(ledger):
+    admission = Admission(ledger)
+
+    async def journal_is_new(seconds):
+        assert seconds == ledger.announced_seconds
+        await ledger.announce(TOKENIZER, "late", 1, 0)
+        return True
+
+    admission.journal_is_new = journal_is_new
+    before = refusals("tokenizer")
+    await (await admission.admit("a", "t", (TOKENIZER,))).release()
+    assert refusals("tokenizer") == before
+
+
+async def test_a_refusal_counts_when_the_journal_is_new_no_more(ledger):
+    admission, answers = Admission(ledger), [False, True, True]
+
+    async def journal_is_new(_):
+        return answers.pop()
+
+    admission.journal_is_new = journal_is_new
+    before = refusals("tokenizer")
+    with pytest.raises(CapacityError, match="no tokenizer worker is running"):
+        await admission.admit("a", "t", (TOKENIZER,))
+    assert (answers, refusals("tokenizer")) == ([], before + 1)
+
+
+async def test_the_limit_of_a_tenant_does_not_wait_for_workers(ledger):
+    admission = Admission(ledger, tenant_sessions=1)
+
+    async def journal_is_new(_):
+        raise AssertionError
+
+    admission.journal_is_new = journal_is_new
+    first = await admission.admit("a", "t", (LLM,))
+    with pytest.raises(CapacityError):
+        await admission.admit("b", "t", (LLM,))
+    await first.release()

@@ -14,6 +14,7 @@ from orchestrator.turn import Turns
 pytestmark = pytest.mark.unit
 
 CALLER = Caller(tenant="t")
+HOUR = 3600.0  # seconds
 
 
 @pytest.fixture
@@ -71,6 +72,14 @@ async def test_nothing_is_repaired_while_the_history_is_the_same(turns):
     with pytest.raises(NotFoundError):
         await turns.copies.surely(call)
     assert len(calls) == 1
+
+
+async def test_a_history_is_new_for_a_while_in_a_process_that_begins_and_after_every_change(turns, monkeypatch):
+    assert await turns.copies.is_new(HOUR)
+    turns.copies._history_since -= HOUR
+    assert not await turns.copies.is_new(HOUR)
+    await changed(turns, monkeypatch)
+    assert await turns.copies.is_new(HOUR)
 
 
 async def test_a_turn_that_another_process_took_over_is_left_alone(turns, world, monkeypatch):

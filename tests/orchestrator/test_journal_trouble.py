@@ -24,15 +24,21 @@ SECONDS = 60  # no test waits longer, however busy the machine
 
 
 @asynccontextmanager
-async def served(url, partitions=1, **settings):
-    """Workers and an orchestrator."""
-    wire = await Wire.connect(url, options=WireOptions(partitions=partitions, lease=0.5))
+async def wired(url, partitions=1, lease=0.5):
+    """Connections to the journal."""
+    wire = await Wire.connect(url, options=WireOptions(partitions=partitions, lease=lease))
     try:
-        async with World(wire) as world:
-            await world.begin(TALKING, **settings)
-            yield world
+        yield wire
     finally:
         await wire.aclose()
+
+
+@asynccontextmanager
+async def served(url, partitions=1, lease=0.5, **settings):
+    """Workers and an orchestrator."""
+    async with wired(url, partitions, lease) as wire, World(wire) as world:
+        await world.begin(TALKING, **settings)
+        yield world
 
 
 @asynccontextmanager
@@ -157,7 +163,7 @@ async def test_sound_is_sent_again_by_the_client_when_its_orchestrator_dies_with
     master = stores.new().start()
     replica = stores.replica(master)
     pieces = [sound(1, salt=at) for at in range(12)]
-    async with service(master.address) as (world, line):
+    async with service(master.address, lease=5) as (world, line):
         dying, other = world.hosts[0], await world.host()
         async with Proxy(dying.target) as way, AsyncKimia(way.address, options=FAST) as kimia:
             async with kimia.converse(seed=7) as call:
@@ -171,19 +177,60 @@ async def test_sound_is_sent_again_by_the_client_when_its_orchestrator_dies_with
                 call.commit()
                 disturbed = await call.answer()
                 session = await kimia.session(call.session_id)
-            async with kimia.converse(seed=7) as call:
-                await acknowledged(call, pieces)
-                call.commit()
-                undisturbed = await call.answer()
+            undisturbed = await answered(kimia, pieces)
     assert session.next_audio_index == 12
     assert (disturbed.text, disturbed.pcm) == (undisturbed.text, undisturbed.pcm)
 
 
+async def test_a_call_that_comes_back_is_not_refused_by_a_journal_that_knows_no_workers_yet(stores):
+    """The journal came back empty, the call's orchestrator is dead, and the workers are late."""
+    master, empty = stores.new().start(), stores.new().start()
+    pieces = [sound(1, salt=at) for at in range(12)]
+    async with (
+        Proxy(master.address) as line,
+        wired(f"redis://{line.address}/0", lease=SECONDS) as wire,
+        service(master.address) as (world, line_of_workers),
+    ):
+        dying, other = [await world.host(wire=wire) for _ in range(2)]
+        async with Proxy(dying.target) as way, AsyncKimia(way.address, options=FAST) as kimia:
+            async with kimia.converse(seed=7) as call:
+                await acknowledged(call, pieces[:10])
+                await dying.desk.turns.copies.aclose()
+                await line.cut(empty.address)
+                await way.cut(other.target)
+                await until(lambda: scripts(empty))  # the call has asked for its rows, and there are none
+                await line_of_workers.cut(empty.address)
+                await acknowledged(call, pieces[10:])
+                call.commit()
+                disturbed = await call.answer()
+            undisturbed = await answered(kimia, pieces)
+    assert (disturbed.text, disturbed.pcm) == (undisturbed.text, undisturbed.pcm)
+
+
+def scripts(store):
+    """Scripts that a server has run since it was started."""
+    with store.client() as client:
+        return client.info("commandstats").get("cmdstat_eval", {}).get("calls", 0)
+
+
+async def answered(kimia, pieces):
+    """The answer to a question that nothing disturbs."""
+    async with kimia.converse(seed=7) as call:
+        await acknowledged(call, pieces)
+        call.commit()
+        return await call.answer()
+
+
 async def acknowledged(call, pieces):
-    """The client's sound is said to be stored."""
+    """The client's sound is said to be stored. Raises what has ended the call."""
     for piece in pieces:
         call.send_audio(piece)
-    await until(lambda: call.state._said and all(said.confirmed for said in call.state._said))
+
+    def confirmed():
+        call._raise_failure()
+        return call.state._said and all(said.confirmed for said in call.state._said)
+
+    await until(confirmed)
 
 
 async def test_what_was_deleted_stays_deleted(stores):

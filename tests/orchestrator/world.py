@@ -98,9 +98,10 @@ class World(House):
             while any(stage.capacity != rows for stage in (await Ledger(self.wire).usage()).values()):
                 await asyncio.sleep(0.002)
 
-    async def host(self, window=30.0, limits=None, settings=None):
+    async def host(self, window=30.0, limits=None, settings=None, wire=None):
+        """One orchestrator, on a line of its own to the journal where one is given."""
         owner, settings = f"orchestrator-{len(self.hosts)}", settings or Settings(listen="127.0.0.1:0")
-        host = Host(self.wire, owner, window, limits or Limits(), settings)
+        host = Host(wire or self.wire, owner, window, limits or Limits(), settings)
         self.hosts.append(await self.stack.enter_async_context(host.running()))
         return host
 
