@@ -1,6 +1,6 @@
 """Lessons for the language model: examples spoken by voices, heard by the finished encoders, kept in shards.
 
-A caller's words are said by a random voice and changed on the way (pitch, pace, noise, phone line); the shop's words
+A caller's words are said by a random voice and mostly changed on the way (pitch, pace, noise, phone line); the shop's words
 are the speaking voice's, always begun with a token: one text has one coding, and drawing it needs no luck. Making a
 lesson costs more than learning from it, so shards are made once, each from its own seed, and a broken-off run goes on
 with the next one.
@@ -35,6 +35,7 @@ from training.tasks import Example, Part, sample_example
 from training.voices import CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, Cache, Voice
 
 KEEPS_PACE = ("style",)  # tasks whose answer is the pace: nothing else may change it
+UNCHANGED = 0.2  # share of the speech that arrives as it was said
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Classroom:
         wave = resampled_speech(self.cache.speech(voice, part.text))
         if example.task in KEEPS_PACE:
             return resampled(wave, part.pace).astype(np.float32)
+        if noise.random() < UNCHANGED:
+            return wave
         return augmented(noise, wave, CALLER).wave
 
     def _shop(self, text: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from kimia.errors import AudioError, KimiaError, ParameterError
 from kimia.model.writing import whole_file
 from training.ahead import made
 from training.options import add_slice, deadline, unfinished
-from training.texts import sample_text
+from training.texts import sample_text, shop_sentences
 from training.voices import BY_NAME, CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, STRANGERS, Cache, Voice
 
 LIST = "corpus.jsonl"
@@ -61,13 +61,14 @@ class Clip:
 
 
 def plan(speaker: int, callers: int, test: int, seed: int) -> list[Item]:
-    """The corpus: `speaker` and `callers` training sentences, `test` of either kind of test."""
+    """The corpus: all that the shop says, `speaker` and `callers` training sentences, `test` of either kind of test."""
     rng = random.Random(seed)
     items = [
+        *(Item("train", SPEAKER.name, text) for text in sorted(shop_sentences())),
         *_drawn(rng, "train", (SPEAKER,), speaker),
         *_drawn(rng, "train", CALLERS, callers),
         *_drawn(rng, "seen", (SPEAKER,), test),
-        *_drawn(rng, "seen", (SPEAKER, *CALLERS), test),
+        *_drawn(rng, "seen", CALLERS, test),
         *_drawn(rng, "unseen", STRANGERS, test),
     ]
     return list(dict.fromkeys(items))

@@ -21,7 +21,7 @@ from training.options import UNFINISHED
 
 FINISHED = "finished"
 RESERVE = 30.0  # seconds of a slice for starting, and for keeping what was done
-CORPUS = ("--speaker", "2500", "--callers", "5000", "--test", "200")
+CORPUS = ("--speaker", "6000", "--callers", "5000", "--test", "200")
 
 
 @dataclass(frozen=True)

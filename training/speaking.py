@@ -1,8 +1,9 @@
 """What the speaking stages learn from: the speaking voice's clips as codes, mel and sound.
 
-The codes are those that the finished tokenizer gives for the clip, begun at a random place inside the first token: the
-same sentence has many codings, and the flow model should draw the same speech from each. Sentences that differ in their
-digits alone are many; each of them is drawn less often for it.
+The codes are those that the finished tokenizer gives for the clip. Half of the clips begin with a token, as the answers
+do that the language model learns; the others at a random place inside the first one: the same sentence has many
+codings, and the flow model should draw the same speech from each. Half of the steps have what the shop says, which is
+what is synthesised in calls. Sentences that differ in their digits alone are many; each is drawn less often for it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kimia.model.bigvgan import mel_spectrogram
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.vq import VQTokenizer
 from training.corpus import TOKEN_SAMPLES, Clip
-from training.texts import masked
+from training.texts import is_said_by_shop, masked
 from training.voices import HEARING_RATE, SPEAKER, SPEECH_RATE
 
 FRAMES_PER_TOKEN = 4
@@ -45,6 +46,22 @@ class Spoken:
             )
 
 
+class _Pool:
+    """Clips by length, the more there are that differ in digits alone the less often each."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self.clips = sorted(clips, key=lambda clip: clip.tokens)
+        often = Counter(masked(clip.item.text) for clip in self.clips)
+        self.weights = [often[masked(clip.item.text)] ** -0.5 for clip in self.clips]
+
+    def draw(self, rng: random.Random, count: int) -> list[Clip]:
+        """Clips of about the length of one that is drawn: a rare one is met more often than its neighbours."""
+        (middle,) = rng.choices(range(len(self.clips)), self.weights)
+        start = max(0, min(middle, len(self.clips) - NEIGHBOURS // 2) - NEIGHBOURS // 2)
+        near = slice(start, start + NEIGHBOURS)
+        return rng.choices(self.clips[near], self.weights[near], k=count)
+
+
 class Speaking:
     """The speaking voice's clips, coded."""
 
@@ -56,10 +73,9 @@ class Speaking:
             raise ParameterError(
                 f"speech is learned from clips of {SPEAKER.name} alone, got {sorted(strange) or 'none'}"
             )
-        self.clips = sorted(clips, key=lambda clip: clip.tokens)
         self.tokenizer, self.flow, self.vocoder, self.seed = tokenizer, flow, vocoder, seed
-        often = Counter(masked(clip.item.text) for clip in self.clips)
-        self.weights = [often[masked(clip.item.text)] ** -0.5 for clip in self.clips]
+        sides = [[clip for clip in clips if is_said_by_shop(clip.item.text) == shop] for shop in (True, False)]
+        self.pools = [_Pool(side) for side in sides if side]
 
     def spoken(self, clip: Clip, offset: int = 0) -> Spoken:
         """A clip with `offset` samples of silence before it. Without a tokenizer all codes are 0."""
@@ -76,7 +92,5 @@ class Speaking:
     def batch(self, step: int, size: int) -> list[Spoken]:
         """The speech of a step, alike in length: the same in every run."""
         rng = random.Random(f"{self.seed}/{step}")
-        start = rng.randrange(max(1, len(self.clips) - NEIGHBOURS))
-        near = slice(start, start + NEIGHBOURS)
-        chosen = rng.choices(self.clips[near], self.weights[near], k=size)
-        return [self.spoken(clip, rng.randrange(TOKEN_SAMPLES)) for clip in chosen]
+        chosen = rng.choice(self.pools).draw(rng, size)
+        return [self.spoken(clip, rng.choice((0, rng.randrange(TOKEN_SAMPLES)))) for clip in chosen]

@@ -29,7 +29,7 @@ WANTS = {  # intent -> what the caller wants, as an answer to a question about a
     "give order": "to give an order number",
     "give name": "to give a name",
 }
-PACES = {"slowly": 0.82, "normally": 1.0, "fast": 1.22}
+PACES = {"slowly": 0.75, "normally": 1.0, "fast": 1.33}
 ASKED = {
     "transcribe": ("please write down what you hear", "transcribe this", TRANSCRIBE),
     "question": ("what does the caller want", "what is this call about"),
@@ -128,7 +128,7 @@ TASKS: dict[Callable[..., Example], float] = {
     question: 1.0,
     caption: 1.0,
     name_sound: 1.0,
-    style: 0.5,
+    style: 1.5,
     say: 2.0,
     talk: 5.0,
 }

@@ -2,7 +2,8 @@
 
 A caller asks, the shop answers; the answer follows from the question by rule, so that it can be judged. Texts are
 lower case without punctuation, digits as words ("four seven two"), so that hearing, reading and speaking agree.
-Texts whose hash says so are held out: no trainer ever sees them.
+Texts whose hash says so are held out: no trainer ever sees them. Common ground is never held out: what the shop itself
+says without a number (some hundred sentences, the same in every call), and the few questions such as "yes".
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ INTENTS = (
     Intent("give name", ("my name is {name}", "this is {name} speaking"), _fixed("hello {name} what can i do for you")),
 )
 BY_NAME = {intent.name: intent for intent in INTENTS}
-WEIGHTS = tuple(4 if "{digits}" in intent.questions[0] else 1 for intent in INTENTS)  # digits are hardest to echo
+NUMBERED = frozenset(intent.name for intent in INTENTS if "{digits}" in intent.questions[0])
+WEIGHTS = tuple(4 if intent.name in NUMBERED else 1 for intent in INTENTS)  # digits are hardest to echo
 
 RECALLS = {  # what was given -> how to ask for it, and the answer
     "give order": (("what is my order number", "which order number did i give you"), "your order number is {digits}"),
@@ -232,8 +234,14 @@ def _exchange(rng: random.Random, intent: Intent, slots: dict[str, str]) -> Exch
 
 
 def is_held_out(text: str) -> bool:
-    """Is this text kept from training? Fixed by its hash, whatever the seed."""
-    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    """Is this text kept from training? Fixed by its hash, whatever the seed; common ground never is."""
+    return text not in _common_ground() and hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+@cache
+def _common_ground() -> frozenset[str]:
+    few = (question for intent in INTENTS if not intent.carriers for question in intent.questions)
+    return shop_sentences() | frozenset((*few, *REPEATS))
 
 
 def sample_exchange(rng: random.Random, *, held_out: bool, intent: str | None = None) -> Exchange:
@@ -246,8 +254,7 @@ def sample_exchange(rng: random.Random, *, held_out: bool, intent: str | None = 
     while True:
         chosen = rng.choices(INTENTS, WEIGHTS)[0] if intent is None else BY_NAME[intent]
         exchange = _exchange(rng, chosen, _slots(rng))
-        # A sentence without slots or carriers is common ground: holding out "yes" would teach nothing about hearing.
-        if is_held_out(exchange.question) == held_out or (not held_out and not chosen.carriers):
+        if is_held_out(exchange.question) == held_out:
             return exchange
 
 
@@ -273,7 +280,7 @@ def sample_dialogue(rng: random.Random, *, held_out: bool, distractors: int = 1)
 def sample_text(rng: random.Random, *, held_out: bool) -> str:
     """A sentence that some voice says: a question or an answer, now and then one that only a longer call holds."""
     while True:
-        exchange = sample_exchange(rng, held_out=False)
+        exchange = _exchange(rng, rng.choices(INTENTS, WEIGHTS)[0], _slots(rng))
         text = rng.choice((exchange.question, exchange.question, exchange.answer))
         if rng.random() < 0.15:
             odd = (rng.choice(REPEATS), digits(rng, rng.randint(1, 6)), REPEATED + exchange.answer, *_recall(rng))
@@ -337,16 +344,47 @@ def comparable(text: str) -> str:
     return " ".join(" ".join(word) if word.isdigit() else word for word in words)
 
 
+# ---- what the shop says -----------------------------------------------------------------------------------------
+
+
+def _slot_rows() -> list[dict[str, str]]:
+    """Slots such that every word of each occurs."""
+    numbers = [" ".join([digit] * ORDER_DIGITS) for digit in DIGITS]
+    slots = {"day": DAYS, "item": ITEMS, "city": CITIES, "name": NAMES, "digits": numbers}
+    count = max(map(len, slots.values()))
+    return [{name: words[index % len(words)] for name, words in slots.items()} for index in range(count)]
+
+
+def _answers_with(digits: bool) -> Iterator[str]:
+    """What the shop says with an order's number, or without any."""
+    for row in _slot_rows():
+        yield from (intent.answer(row) for intent in INTENTS if (intent.name in NUMBERED) == digits)
+        yield from (answer.format_map(row) for told, (_, answer) in RECALLS.items() if (told in NUMBERED) == digits)
+
+
+@cache
+def shop_sentences() -> frozenset[str]:
+    """All that the shop says without an order's number: as an answer, and as one that is said again."""
+    return frozenset(said for answer in _answers_with(digits=False) for said in (answer, REPEATED + answer))
+
+
+@cache
+def _numbered_sentences() -> frozenset[str]:
+    return frozenset(masked(answer) for answer in _answers_with(digits=True))
+
+
+def is_said_by_shop(text: str) -> bool:
+    """Is this one of the shop's own sentences, whatever number it holds?"""
+    return text in shop_sentences() or masked(text.removeprefix(REPEATED)) in _numbered_sentences()
+
+
 # ---- what an answer is about ------------------------------------------------------------------------------------
 
 
 @cache
 def _answers() -> Mapping[str, str]:
     """Every answer, digits apart -> its intent."""
-    slots = {"day": DAYS, "item": ITEMS, "city": CITIES, "name": NAMES, "digits": DIGITS}
-    count = max(map(len, slots.values()))
-    rows = [{name: words[index % len(words)] for name, words in slots.items()} for index in range(count)]
-    return {masked(intent.answer(row)): intent.name for intent in INTENTS for row in rows}
+    return {masked(intent.answer(row)): intent.name for intent in INTENTS for row in _slot_rows()}
 
 
 def masked(text: str) -> str:

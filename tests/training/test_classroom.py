@@ -10,7 +10,7 @@ from kimia.errors import AudioError, CheckpointError
 from kimia.model.encode import AudioEncoder, EncodedAudio
 from kimia.model.text import TextTokenizer
 from training import voices
-from training.classroom import Classroom, Lessons, make_shard, make_shards, read_shard
+from training.classroom import Classroom, Lessons, make_shard, make_shards, read_shard, resampled_speech
 from training.config import micro_configs, write_configs
 from training.tasks import Example, Part
 from training.voices import Cache, Voice
@@ -81,6 +81,15 @@ def test_how_fast_a_caller_speaks_is_heard(classroom):
         made = classroom.lesson(Example("style", asked, "fast", spoken=False), random.Random(0))
         lengths.append(made.row.segments[0][1])
     assert lengths[0] == pytest.approx(lengths[1] * 1.22 / 0.82, rel=0.1)
+
+
+def test_some_callers_are_heard_as_they_spoke(classroom):
+    asked = Example("transcribe", (Part("user", "speech", "yes please"),), "yes please", spoken=False)
+    for seed in range(60):
+        classroom.lesson(asked, random.Random(seed))
+    said = resampled_speech(classroom.cache.speech(TONES, "yes please"))
+    unchanged = [wave for wave in classroom.encoder.heard if np.array_equal(wave, said)]
+    assert 4 < len(unchanged) < 24
 
 
 def test_a_shard_is_the_same_for_its_seed_and_made_once(classroom, tmp_path):

@@ -20,7 +20,7 @@ from training.corpus import (
     read_list,
     write_list,
 )
-from training.texts import is_held_out
+from training.texts import is_held_out, shop_sentences
 from training.voices import BY_NAME, SPEECH_RATE, Cache
 
 pytestmark = pytest.mark.unit
@@ -36,7 +36,10 @@ def put(folder, item, seconds):
 
 def test_a_plan_keeps_texts_and_voices_apart():
     items = plan(speaker=30, callers=30, test=10, seed=1)
-    assert len(set(items)) == len(items) == 90
+    assert len(set(items)) == len(items)
+    said = [item for item in items if item.text in shop_sentences()]
+    assert {item.text for item in said if item.voice == "hibari"} == shop_sentences()
+    assert len([item for item in items if item.split != "train"]) == 30
     for item in items:
         assert is_held_out(item.text) == (item.split != "train")
         assert BY_NAME[item.voice].seen == (item.split != "unseen")

@@ -26,6 +26,11 @@ def speaking(configs, clips, tokenizer=None):
     return Speaking(clips, tokenizer, configs.flow, configs.vocoder, seed=1)
 
 
+def drawn_texts(made, steps, first=0):
+    made.spoken = lambda clip, offset: clip.item.text
+    return [text for step in range(first, first + steps) for text in made.batch(step, 10)]
+
+
 @pytest.mark.parametrize("offset", [0, 1, 1919])
 def test_codes_mel_and_sound_have_one_length(configs, speaker_clips, offset):
     clip = speaker_clips[0]
@@ -55,8 +60,22 @@ def test_a_step_s_batch_is_the_same_in_every_run(configs, speaker_clips):
 def test_sentences_that_differ_in_digits_alone_are_drawn_less_often_each(configs):
     texts = ["order one two", "order three four", "order five six", "order zero zero", "goodbye"]
     clips = [tones("hibari", text, 6, seed) for seed, text in enumerate(texts)]
-    assert speaking(configs, clips).weights == [0.5, 0.5, 0.5, 0.5, 1.0]
-    made = speaking(configs, clips)
-    made.spoken = lambda clip, offset: clip.item.text
-    drawn = [text for step in range(40) for text in made.batch(step, 10)]
+    drawn = drawn_texts(speaking(configs, clips), 40)
     assert 100 < drawn.count("goodbye") < 170  # a third of 400; were all alike it were a fifth
+
+
+def test_half_of_the_steps_have_what_the_shop_says(configs):
+    asked = [tones("hibari", f"is my {item} here", 6, seed) for seed, item in enumerate(("lamp", "chair", "radio"))]
+    made = speaking(configs, [*asked, tones("hibari", "we are closed on sunday", 6, 9)])
+    steps = [set(drawn_texts(made, 1, first=step)) for step in range(60)]
+    assert 20 < steps.count({"we are closed on sunday"}) < 40
+    assert all(len(step) == 1 or "we are closed on sunday" not in step for step in steps)
+
+
+def test_half_of_the_clips_begin_with_a_token(configs, speaker_clips):
+    made, offsets = speaking(configs, speaker_clips), []
+    made.spoken = lambda clip, offset: offsets.append(offset)
+    for step in range(40):
+        made.batch(step, 10)
+    assert 160 < offsets.count(0) < 240
+    assert len(set(offsets)) > 100

@@ -12,9 +12,11 @@ from training.texts import (
     comparable,
     intent_of,
     is_held_out,
+    is_said_by_shop,
     sample_dialogue,
     sample_exchange,
     sample_text,
+    shop_sentences,
     vocabulary,
 )
 
@@ -47,6 +49,32 @@ def test_the_same_seed_gives_the_same_exchanges():
 def test_texts_come_from_the_wanted_side_of_the_split(held_out):
     rng = random.Random(5)
     assert all(is_held_out(sample_text(rng, held_out=held_out)) == held_out for _ in range(100))
+
+
+def test_held_out_texts_are_questions_answers_and_numbers():
+    rng = random.Random(6)
+    texts = [sample_text(rng, held_out=True) for _ in range(300)]
+    answers = sum(map(is_said_by_shop, texts))
+    assert 50 < answers < 150
+    assert any("do you deliver" in text for text in texts)
+
+
+def test_common_ground_is_never_held_out():
+    few = [question for intent in INTENTS if not intent.carriers for question in intent.questions]
+    assert {"on monday we are open from nine to six", "your name is anna"} <= shop_sentences()
+    assert "of course your name is anna" in shop_sentences()
+    assert not any(map(is_held_out, (*shop_sentences(), *few)))
+    assert not any("order" in text.split() for text in shop_sentences())
+
+
+def test_the_shop_s_sentences_are_told_from_others():
+    rng = random.Random(8)
+    for _ in range(200):
+        found = sample_exchange(rng, held_out=False)
+        assert is_said_by_shop(found.answer)
+        assert is_said_by_shop("of course " + found.answer)
+    assert is_said_by_shop("your order number is four seven two")
+    assert not is_said_by_shop("where is my order four seven two")
 
 
 def test_held_out_questions_of_an_intent_without_any_are_refused():
