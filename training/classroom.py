@@ -1,8 +1,8 @@
 """Lessons for the language model: examples spoken by voices, heard by the finished encoders, kept in shards.
 
-A caller's words are said by a random voice and mostly changed on the way (pitch, pace, noise, phone line); the shop's words
-are the speaking voice's, always begun with a token: one text has one coding, and drawing it needs no luck. Making a
-lesson costs more than learning from it, so shards are made once, each from its own seed, and a broken-off run goes on
+A caller's words are said by a random voice and mostly changed on the way (pitch, pace, noise, phone line); the shop's
+words are the speaking voice's, always begun with a token: one text has one coding, and drawing it needs no luck. Making
+a lesson costs more than learning from it, so shards are made once, each from its own seed, and a broken-off run goes on
 with the next one.
 """
 
