@@ -194,7 +194,7 @@ def read_flow(root: Path, training: FlowTraining) -> None:
 
 def main() -> None:
     """Train the flow model on the codes of the checkpoint's tokenizer."""
-    options = trainer_parser(main.__doc__, steps=3000, batch=8, rate=6e-4).parse_args()
+    options = trainer_parser(main.__doc__, steps=5000, batch=16, rate=1e-3).parse_args()
     configs = trainer_configs()
     clips = load_clips(options.corpus, "train", SPEAKER.name)
     tokenizer = load_vq(options.checkpoint / VQ_TOKENIZER, "cpu")

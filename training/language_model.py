@@ -207,7 +207,7 @@ def main() -> None:
     """Make lessons with the checkpoint's encoders, then train the language model on them."""
     from training.classroom import Classroom, Lessons, make_shards  # it needs this module
 
-    parser = trainer_parser(main.__doc__, steps=6000, batch=16, rate=1e-3)
+    parser = trainer_parser(main.__doc__, steps=7000, batch=16, rate=1e-3)
     parser.add_argument("--shards", type=int, default=20, help="of lessons")
     parser.add_argument("--shard-size", type=int, default=500, help="lessons")
     options = parser.parse_args()

@@ -22,6 +22,7 @@ from training.options import UNFINISHED
 FINISHED = "finished"
 RESERVE = 30.0  # seconds of a slice for starting, and for keeping what was done
 CORPUS = ("--speaker", "6000", "--callers", "5000", "--test", "200")
+TAUGHT = ("--speaker", "2500")  # heard by the encoders: all clips of the speaking voice would outweigh the callers'
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def stages(folder: Path) -> list[Stage]:
     study = folder / "study"
     return [
         Stage("corpus", ("--out", sound, *CORPUS), sound / corpus.PACKED_INDEX),
-        Stage("states", ("--corpus", sound), sound / states.FOLDER / FINISHED),
+        Stage("states", ("--corpus", sound, *TAUGHT), sound / states.FOLDER / FINISHED),
         Stage("study", ("--corpus", sound, "--run", study), study / FINISHED),
         trainer("encoders", "encoder"),
         trainer("vq", "vq", "--study", study),
