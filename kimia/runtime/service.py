@@ -21,6 +21,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -52,6 +53,8 @@ __all__ = ["Service", "StageService", "connect", "consumer_name", "in_thread", "
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.1, 5.0  # between attempts to reach Redis
 
 PATIENCE_SECONDS = 5.0  # for a drain that does not keep to its time
+
+BUILD = "build"  # name of a thread that may outlive the work
 
 T = TypeVar("T")
 
@@ -103,7 +106,19 @@ def run_service(make: Callable[[Settings], Service], name: str, settings: Settin
         return 1
     configure(found, name)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_supervised(make, found))
+        code = runner.run(_supervised(make, found))
+    _leave_builders(code)
+    return code
+
+
+def _leave_builders(code: int) -> None:
+    """End here where something is still being built: a thread that comes back from torch into an interpreter that is
+    being taken down aborts the process.
+    """
+    if any(thread.name == BUILD and thread.is_alive() for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -373,5 +388,5 @@ async def in_thread(work: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001  # raised where the result is awaited
             result.set_exception(error)
 
-    threading.Thread(target=run, name="build", daemon=True).start()
+    threading.Thread(target=run, name=BUILD, daemon=True).start()
     return await asyncio.wrap_future(result)
