@@ -17,6 +17,8 @@ from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
     ClusterError,
+    InvalidResponse,
+    NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
@@ -49,6 +51,8 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (ClusterError, "its slots move: it answers when that is done"),
     (AskError, "its slots move: it answers when that is done"),  # MOVED too
     (TryAgainError, "its slots move: it answers when that is done"),
+    (NoPermissionError, "its user may not do that: give it all commands and keys"),
+    (InvalidResponse, "what answers there is no Redis: check its URL"),
     (RedisConnectionError, "check its URL, and that it runs"),
     (RedisTimeoutError, "check its URL, and that it runs"),
     (OSError, "check its URL, and that it runs"),
@@ -56,6 +60,7 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
 _WORDS = {
     "NOREPLICAS": "it has fewer replicas than its min-replicas-to-write asks for: start them",
     "MISCONF": "it cannot write to its disk: its log says why",
+    "DB": "it has fewer databases than that: name another one in its URL",  # index is out of range
     "BUSY": "a script keeps it busy: it answers when that has ended",
     "UNBLOCKED": "its role has changed: it answers when that is done",
 }

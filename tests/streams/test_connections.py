@@ -98,6 +98,25 @@ async def test_a_server_that_falls_silent_is_given_up(stores, monkeypatch, kind)
         await one.aclose()
 
 
+async def test_an_address_of_something_else_says_so(stores):
+    """A database that the server lacks, a user without rights, a server that speaks HTTP."""
+    store = stores.new().start()
+    with pytest.raises(UnavailableError, match="fewer databases"):
+        await Wire.connect(f"redis://{store.address}/99")
+    store.say("ACL", "SETUSER", "guest", "on", ">word", "+@connection")
+    with pytest.raises(UnavailableError, match="may not do that"):
+        await Wire.connect(f"redis://guest:word@{store.address}/0")
+
+    async def answer(_, writer):
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(UnavailableError, match="is no Redis"):
+            await Wire.connect(f"redis://127.0.0.1:{port}/0")
+
+
 async def test_a_wrong_url_is_a_wrong_setting():
     with pytest.raises(SettingsError, match="URL"):
         await Wire.connect("redis://host:port/0")
