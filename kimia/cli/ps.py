@@ -13,6 +13,7 @@ from kimia.errors import UnavailableError
 from kimia.stage import STAGES
 
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
+MOST_PARTITIONS = 1024
 EPILOG = """examples:
   kimia ps --redis redis://127.0.0.1:6379/0
   kimia ps --redis redis+cluster://127.0.0.1:7000 --partitions 16
@@ -52,12 +53,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--partitions",
-        type=int,
-        default=int(os.environ.get("KIMIA_PARTITIONS", "1")),
+        type=_partitions,
+        default=os.environ.get("KIMIA_PARTITIONS") or "1",  # a text, so that argparse checks it too
         metavar="N",
         help="as the service was set up (default: $KIMIA_PARTITIONS or 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per stage")
+
+
+def _partitions(text: str) -> int:
+    """As many as the service may have (`Settings.partitions`)."""
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_PARTITIONS:
+        raise argparse.ArgumentTypeError(f"a service has 1 to {MOST_PARTITIONS} partitions, got {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

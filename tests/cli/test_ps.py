@@ -4,9 +4,11 @@ import asyncio
 import json
 
 import pytest
+from annotated_types import Ge, Le
 
 from kimia.cli import main
-from kimia.cli.ps import StageLine, look, table
+from kimia.cli.ps import MOST_PARTITIONS, StageLine, look, table
+from kimia.runtime.settings import Settings
 from kimia.stage import DETOKENIZER, LLM, TOKENIZER
 from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire
@@ -54,6 +56,17 @@ async def test_a_stage_without_worker_is_a_failure(valkey_url, capsys) -> None:
 def test_nobody_answers(capsys) -> None:
     assert main(["ps", "--redis", "redis://127.0.0.1:1/0"]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("wrong", ["many", "0", "-3", "1025"])
+def test_partitions_that_no_service_has(wrong, monkeypatch, capsys) -> None:
+    """Named, or left behind in the environment: one line that says what there is, before anything is asked."""
+    monkeypatch.setenv("KIMIA_PARTITIONS", wrong)
+    for given in ([], [f"--partitions={wrong}"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["ps", "--redis", "redis://127.0.0.1:1/0", *given])
+        assert f"argument --partitions: a service has 1 to 1024 partitions, got '{wrong}'" in capsys.readouterr().err
+    assert Settings.model_fields["partitions"].metadata == [Ge(1), Le(MOST_PARTITIONS)]
 
 
 def test_columns_stand_under_one_another() -> None:
