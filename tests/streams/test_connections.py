@@ -107,8 +107,9 @@ async def test_an_address_of_something_else_says_so(stores):
     with pytest.raises(UnavailableError, match="may not do that"):
         await Wire.connect(f"redis://guest:word@{store.address}/0")
 
-    async def answer(_, writer):
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    async def answer(reader, writer):
+        while await reader.read(4096):
+            writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
