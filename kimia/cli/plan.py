@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from kimia.model.gpus import find_gpu
 
     gpu = find_gpu(args.gpu)
-    if args.over_floor < 1:
+    if not 1 <= args.over_floor < math.inf:
         raise ParameterError(
-            f"no program is faster than its floor: --over-floor is at least 1, got {args.over_floor:g}"
+            f"no program is faster than its floor: --over-floor is a number from 1 on, got {args.over_floor:g}"
         )
     traffic = Traffic(
         args.calls, args.speech_share, args.turns_per_minute, args.question_seconds, args.prompt, args.reuse

@@ -44,6 +44,8 @@ def test_quantised_weights_are_planned_with_and_named(capsys) -> None:
         (["--gpu", "tpu"], "gpu must be one of"),
         (["--gpu", "h200", "--speech-share", "2"], "speech share"),
         (["--gpu", "h200", "--over-floor", "0.5"], "no program is faster"),
+        (["--gpu", "h200", "--over-floor", "nan"], "no program is faster"),
+        (["--gpu", "h200", "--over-floor", "inf"], "no program is faster"),
         (["--gpu", "h200", "--measured", "/nowhere.json"], "cannot be read"),
         (["--gpu", "l4", "--prompt", "8000"], "language model"),
     ],
