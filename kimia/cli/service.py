@@ -19,7 +19,7 @@ DEFAULT_SERVER = "localhost:50051"
 def add_server(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--server and --tenant; unless `required`, no server is the default."""
     group = parser.add_argument_group("service")
-    default = os.environ.get("KIMIA_SERVER", DEFAULT_SERVER) if required else None
+    default = (os.environ.get("KIMIA_SERVER") or DEFAULT_SERVER) if required else None
     told = f" (default: $KIMIA_SERVER or {DEFAULT_SERVER})" if required else ""
     group.add_argument(
         "--server", metavar="HOST:PORT", default=default, help=f"the running service, see kimia up{told}"
@@ -31,6 +31,7 @@ def open_client(args: argparse.Namespace, patience: float = 0.0, timeout: float 
     """A connected client; `patience` is how long to wait for a free row. Raises UnavailableError."""
     from kimia.client import ClientOptions, Kimia
 
+    check_address(args.server)
     kimia = Kimia(args.server, tenant=args.tenant, options=ClientOptions(patience=patience))
     try:
         kimia.connect(timeout)
@@ -38,6 +39,15 @@ def open_client(args: argparse.Namespace, patience: float = 0.0, timeout: float 
         kimia.close()
         raise
     return kimia
+
+
+def check_address(server: str) -> None:
+    """Refuse what gRPC would look for in vain, a web address or a name without a port. Raises ParameterError."""
+    if server.startswith(("http://", "https://")):
+        raise ParameterError(f"{server}: the service speaks gRPC; give HOST:PORT alone, without http://")
+    if ":" not in server:
+        example = f", for example {server}:50051" if server else ""
+        raise ParameterError(f"--server is HOST:PORT{example}; got {server!r}")
 
 
 def check_writable(path: Path) -> None:

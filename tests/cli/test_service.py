@@ -6,7 +6,7 @@ import wave
 
 import pytest
 
-from kimia.cli.service import add_server, check_writable, open_client, write_wav
+from kimia.cli.service import add_server, check_address, check_writable, open_client, write_wav
 from kimia.errors import ParameterError, UnavailableError
 from tests.client.scripted import WHOLE
 from tests.client.turns import question
@@ -25,6 +25,8 @@ def test_the_server_comes_from_the_environment(monkeypatch) -> None:
     assert arguments().server == "elsewhere:1"
     assert arguments("--server", "here:2").server == "here:2"
     assert arguments(required=False).server is None
+    monkeypatch.setenv("KIMIA_SERVER", "")
+    assert arguments().server == "localhost:50051"
     monkeypatch.delenv("KIMIA_SERVER")
     assert arguments().server == "localhost:50051"
 
@@ -32,6 +34,18 @@ def test_the_server_comes_from_the_environment(monkeypatch) -> None:
 def test_nobody_answers() -> None:
     with pytest.raises(UnavailableError, match="kimia up"):
         open_client(arguments("--server", "127.0.0.1:1"), timeout=0.05)
+
+
+@pytest.mark.parametrize("wrong", ["", "localhost", "http://localhost:50051", "https://voice.example.com"])
+def test_addresses_that_are_none(wrong) -> None:
+    """At once, and not after a timeout that blames the service."""
+    with pytest.raises(ParameterError, match="HOST:PORT"):
+        open_client(arguments("--server", wrong))
+
+
+@pytest.mark.parametrize("name", ["localhost:1", "[::1]:1", "dns:///voice", "ipv4:10.0.0.5:1,10.0.0.6:1", "unix:/a"])
+def test_names_that_grpc_resolves_are_left_to_it(name) -> None:
+    check_address(name)
 
 
 def test_an_answer_is_written_as_wav(scripted, tmp_path) -> None:
