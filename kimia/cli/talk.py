@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kimia talk`."""
     parser.epilog = EPILOG
     group = parser.add_argument_group("conversation")
-    group.add_argument("files", nargs="*", metavar="FILE", help="what the user says: WAV, FLAC or OGG")
+    group.add_argument("files", nargs="*", metavar="FILE", help="what the user says: WAV, FLAC, OGG or MP3")
     group.add_argument("--text", action="append", default=[], help="what the user writes, before the files")
     group.add_argument("--say", metavar="TEXT", help="speak this instead of answering")
     group.add_argument("--session", default="", metavar="ID", help="go on with this session, or begin it")

@@ -100,7 +100,7 @@ def _complaint(file: str, error: KimiaError) -> str:
     """What is wrong with the file, without the index of a message that the user never wrote."""
     if isinstance(error.__cause__, AudioError):
         return str(error.__cause__)
-    return f"{file}: {error.rule if isinstance(error, ConversationError) else error}"
+    return f"{file}: {error.rule if isinstance(error, AudioError | ConversationError) else error}"
 
 
 def _line(file: str, text: str, args: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kimia.cli import main
-from kimia.errors import CapacityError, ConversationError, RequestError
+from kimia.errors import AudioError, CapacityError, ConversationError, RequestError
 from kimia.pipeline import KimiAudio
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT
 from kimia.v1.turn_pb2 import JOB_CLASS_BATCH
@@ -78,12 +78,14 @@ def test_a_service_transcribes(scripted, capsys) -> None:
 
 def test_a_file_that_the_service_refuses_is_reported(scripted, tmp_path, capsys) -> None:
     refused = RequestError("is no sound file", field="messages[1].audio.data")
-    scripted.generate = [[refused], [ConversationError("too long", 1)], heard("two")]
-    assert ask(scripted, "--json", CLIPS[0], CLIPS[0], str(tmp_path / "missing.wav"), CLIPS[1]) == 1
+    damaged = AudioError("holds no samples", 1)
+    scripted.generate = [[refused], [ConversationError("too long", 1)], [damaged], heard("two")]
+    assert ask(scripted, "--json", CLIPS[0], CLIPS[0], CLIPS[0], str(tmp_path / "missing.wav"), CLIPS[1]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"file": CLIPS[1], "text": "two"}
     assert "clip_a2.wav: messages[1].audio.data: is no sound file" in shown.err
     assert "clip_a2.wav: too long" in shown.err
+    assert "clip_a2.wav: holds no samples" in shown.err
     assert "missing.wav: does not exist" in shown.err
 
 
