@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kimia.cli.draw import check_format
+from kimia.cli.service import check_writable
 from kimia.errors import AudioError, ParameterError
 from kimia.model.preset_file import FOLDER, PRESET_SUFFIX
 
@@ -34,11 +35,12 @@ examples:
   kimia up --model DIR --preset calibrated
   kimia calibrate-flow DIR *.wav --name quick --steps 4,6,8 --limit 1.5 --recognizer small
 
-The audio becomes codes by the checkpoint's tokenizer; ten to thirty seconds of the voices in question are enough. Each
-candidate speaks them from the same noise, and is compared with the release's 29 even steps: first grids (numbers of
-steps, spacings), then look-aheads and chunk sizes. What is taken is the cheapest grid within --limit, then the cheapest
-cuts that are no farther from the release's than those of low-latency. The preset is written with what was measured to
-DIR/presets/NAME.json, all candidates and their picture to DIR/presets/reports.
+The audio becomes codes by the checkpoint's tokenizer; ten to thirty seconds of the voices in question are enough.
+Each candidate speaks them from the same noise, and is compared with the release's 29 even steps: first grids (numbers
+of steps, spacings), then look-aheads and chunk sizes. What is taken is the cheapest grid within --limit (where none
+is, the nearest, and that is said), then the cheapest cuts that are no farther from the release's than those of
+low-latency. The preset is written with what was measured to DIR/presets/NAME.json, all candidates and their picture
+to DIR/presets/reports.
 """
 
 
@@ -86,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
     """Search, show, write."""
     recognise = recognizer(args.recognizer) if args.recognizer else None
     work = _prepared(args)
+    folder = _place(args)
     found = _searched(work.calibration)
     chosen, candidates = found[-1], found[:-1]
-    print("\n".join(table(candidates, chosen)))
+    print("\n".join([*table(candidates, chosen), *beyond(candidates, work.calibration.space.limit)]))
     report = {
         "model": args.model,
         "audio": args.audio,
@@ -101,10 +104,8 @@ def run(args: argparse.Namespace) -> int:
     if recognise:
         report["spoken_word_errors"] = errors = work.word_errors(chosen, recognise)
         print("word errors: " + ", ".join(f"{way} {rate:.1%}" for way, rate in errors.items()))
-    folder = args.out or Path(args.model) / FOLDER
     file, reports = folder / f"{args.name}{PRESET_SUFFIX}", folder / REPORTS
     chosen.file.write(file, measured={name: value for name, value in report.items() if name != "candidates"})
-    reports.mkdir(exist_ok=True)
     (reports / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _draw(candidates, chosen, report, reports / f"{args.name}.svg")
     print(f"written: {file}; all candidates: {reports}")
@@ -178,6 +179,18 @@ def _prepared(args: argparse.Namespace) -> Work:
     return Work(Calibration(detokenizer, codes, space, args.name), waves, rate, released)
 
 
+def _place(args: argparse.Namespace) -> Path:
+    """The folder of the preset, made before the search: what it finds after hours must not be lost for want of one."""
+    folder: Path = args.out or Path(args.model) / FOLDER
+    try:
+        (folder / REPORTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"{folder}: cannot be made ({error.strerror}); name another by --out") from error
+    for file in (folder / f"{args.name}{PRESET_SUFFIX}", folder / REPORTS / f"{args.name}{PRESET_SUFFIX}"):
+        check_writable(file)
+    return folder
+
+
 def _searched(calibration: Calibration) -> list[Measured]:
     """All candidates, and the chosen one at the end."""
     from tqdm import tqdm
@@ -227,6 +240,13 @@ def table(candidates: Sequence[Measured], chosen: Measured) -> Iterator[str]:
                     f"{taken} {one.steps:>5} {one.sway:>7g} {schedule.look_ahead:>10}  {chunks:<16} "
                     f"{one.first_codes:>5} {one.tflop:>8.3g} {one.distance:>6.2f}"
                 )
+
+
+def beyond(candidates: Sequence[Measured], limit: float) -> Iterator[str]:
+    """A line where the grid that was taken is not as near as was asked for."""
+    nearest = min(one.distance for one in candidates if one.part == "grid")
+    if nearest > limit:
+        yield f"no grid lies within {limit:g} dB: the nearest was taken, {nearest:.2f} dB; try more steps"
 
 
 def _row(one: Measured) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +136,24 @@ def test_without_a_recogniser_it_says_what_to_install(monkeypatch, capsys):
 def test_impossible_searches_are_one_line(given, said, capsys):
     assert main(["calibrate-flow", "nowhere", CLIP, *given]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_searched(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["calibrate-flow", str(golden("e2e") / "model"), CLIP, *QUICK, "--out", str(tmp_path / "file")]) == 1
+    shown = capsys.readouterr()
+    assert "cannot be made" in shown.err
+    assert "candidates" not in shown.err
+    assert not shown.out
+
+
+def test_a_grid_that_is_farther_than_was_asked_for_is_not_taken_silently():
+    grids = [SimpleNamespace(part="grid", distance=distance) for distance in (1.73, 2.5)]
+    cuts = [SimpleNamespace(part="cuts", distance=0.1)]
+    assert list(calibrate_flow.beyond([*grids, *cuts], 2.0)) == []
+    (line,) = calibrate_flow.beyond([*grids, *cuts], 1.0)
+    assert "no grid lies within 1 dB" in line
+    assert "1.73 dB" in line
 
 
 def test_a_list_that_is_none_is_wrong_usage(capsys):
