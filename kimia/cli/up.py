@@ -18,9 +18,10 @@ from pathlib import Path
 import kimia
 from kimia.cli.arguments import add_model, add_quantize, model_location
 from kimia.cli.supervise import Console, Part, Supervisor
-from kimia.errors import ParameterError, UnavailableError
+from kimia.errors import ParameterError, SettingsError, UnavailableError
 from kimia.model.preset_file import PRESET_SUFFIX, PresetFile, files_of
 from kimia.model.schedule import SCHEDULES
+from kimia.streams.addresses import check_url
 
 STAGES = ("tokenizer", "llm", "detokenizer")
 COLOCATED = "colocated"  # the host of all three
@@ -33,8 +34,10 @@ EPILOG = """examples:
   kimia up --fake --port 0 --run 'kimia talk question.wav'
 
 Everything else is set by the environment, as in production: KIMIA_ROWS, KIMIA_LEASE_SECONDS, KIMIA_LOG_LEVEL ...
-(kimia/runtime/settings.py). A process that dies is started again; its turns go on meanwhile in another or then in
-this one. Ctrl-C ends the calls, then the stages, then the store.
+(kimia/runtime/settings.py). KIMIA_REDIS_URL and KIMIA_LISTEN are not read: --redis, --host and --port say it.
+Metrics of the orchestrator are at KIMIA_METRICS_PORT, those of the other processes at the ports behind it. A
+process that dies is started again; its turns go on meanwhile in another or then in this one. Ctrl-C ends the calls,
+then the stages, then the store.
 """
 
 
@@ -72,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     replicas = read_replicas(args.replicas, (COLOCATED,) if args.colocated else STAGES)
     if args.colocated and args.fake:
         raise ParameterError("--colocated is for stages with a model; leave out --colocated or --fake")
+    if args.fake and (args.device or args.dtype or args.quantize):
+        raise ParameterError("--fake computes nothing; leave out --device, --dtype and --quantize, or --fake")
     if not args.fake:
         check_model(model_location(args))
     presets = known_presets(args)
@@ -124,28 +129,29 @@ class Plan:
 
     def stages(self, replicas: Mapping[str, int]) -> list[Part]:
         """The stages' processes."""
-        parts = []
+        parts: list[Part] = []
         for stage, count in replicas.items():
             module = ["kimia.runtime.fake", stage] if self.args.fake else [f"services.{stage}"]
             for number in range(1, count + 1):
                 name = stage if count == 1 else f"{stage}.{number}"
-                parts.append(self._part(name, module, f"{HOST}:0"))
+                parts.append(self._part(name, module, f"{HOST}:0", place=len(parts) + 1))
         return parts
 
     def orchestrator(self) -> Part:
         """The process that clients talk to."""
-        return self._part("orchestrator", ["orchestrator"], f"{self.args.host}:{self.args.port}")
+        return self._part("orchestrator", ["orchestrator"], listening(self.args.host, self.args.port), place=0)
 
     def address(self) -> str:
         """Where the service listens, once it does."""
         return (self.ready / "orchestrator").read_text(encoding="utf-8").strip()
 
-    def _part(self, name: str, module: list[str], listen: str) -> Part:
+    def _part(self, name: str, module: list[str], listen: str, place: int) -> Part:
         file = self.ready / name
+        own = {"KIMIA_LISTEN": listen, "KIMIA_READY_FILE": str(file), **metrics_port(place)}
         return Part(
             name=name,
             command=(sys.executable, "-m", *module),
-            environment={**self._environment(), "KIMIA_LISTEN": listen, "KIMIA_READY_FILE": str(file)},
+            environment={**self._environment(), **own},
             is_ready=lambda: file.exists() and bool(file.read_text(encoding="utf-8").strip()),
             folder=str(self.root),
             grace=STAGE_GRACE,
@@ -167,6 +173,21 @@ class Plan:
         defaults = {"KIMIA_LOG_FORMAT": "text", "KIMIA_LOG_LEVEL": "warning" if self.args.command else "info"}
         missing = {name: value for name, value in defaults.items() if name not in os.environ}
         return {**{name: value for name, value in chosen.items() if value}, **missing}
+
+
+def metrics_port(place: int) -> dict[str, str]:
+    """The setting of the process at this place: they share a machine, so each counts on from the port that was set."""
+    first = os.environ.get("KIMIA_METRICS_PORT", "")
+    return {"KIMIA_METRICS_PORT": str(int(first) + place)} if first.isdecimal() and int(first) else {}
+
+
+def listening(host: str, port: int) -> str:
+    """An address as KIMIA_LISTEN takes it."""
+    return f"[{_bare(host)}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bare(host: str) -> str:
+    return host.removeprefix("[").removesuffix("]")
 
 
 def _absolute(location: str) -> str:
@@ -236,12 +257,16 @@ def check_port(host: str, port: int) -> None:
     """Raise ParameterError when the service could not listen there."""
     if not 0 <= port < 1 << 16:
         raise ParameterError(f"--port must be 0 to 65535, got {port}")
+    if not host:
+        raise ParameterError("--host is empty; leave it out for this machine only, or give 0.0.0.0 for everybody")
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+            probe.bind((_bare(host), port))
     except OSError as error:
-        raise ParameterError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
+        raise ParameterError(
+            f"cannot listen on {listening(host, port)} ({error.strerror}); choose another --port"
+        ) from error
 
 
 # ---- the store --------------------------------------------------------------------------------------------------
@@ -263,11 +288,12 @@ def store(url: str | None, data: Path | None) -> Iterator[tuple[str, Part | None
     if url:
         if data:
             raise ParameterError("--data belongs to the embedded store; leave out --redis or --data")
+        _check_redis(url)
         yield url, None
         return
     binary = store_binary()
     with contextlib.ExitStack() as stack:
-        folder = _data_folder(data) if data else stack.enter_context(scratch())
+        folder = stack.enter_context(_kept(_data_folder(data)) if data else scratch())
         port = free_port()
         yield f"redis://{HOST}:{port}/0", _store_part(binary, folder, port)
 
@@ -293,6 +319,34 @@ def _data_folder(folder: Path) -> Path:
     except OSError as error:
         raise ParameterError(f"{folder}: cannot be made ({error.strerror})") from error
     return folder.resolve()
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[Path]:
+    """The folder, for one store at a time: two would write into one log. Raises ParameterError."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(place, folder)
+        yield folder
+    finally:
+        os.close(place)
+
+
+def _lock(place: int, folder: Path) -> None:
+    import fcntl  # of Unix alone, as the embedded store
+
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        rule = "is in use by another kimia up; stop that one, or name another --data"
+        raise ParameterError(f"{folder}: {rule}") from error
+
+
+def _check_redis(url: str) -> None:
+    try:
+        check_url(url)
+    except SettingsError as error:
+        raise ParameterError(f"--redis: {error}") from error
 
 
 def _store_part(binary: str, folder: Path, port: int) -> Part:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from kimia.cli.up import (
     store_binary,
 )
 from kimia.errors import ParameterError, UnavailableError
+from kimia.runtime.settings import Settings
 
 pytestmark = pytest.mark.unit
 
@@ -77,6 +79,28 @@ def test_settings_travel_by_the_environment(tmp_path, monkeypatch) -> None:
         "127.0.0.1:0",
     )
     assert plan(tmp_path, "--model", "own/er").stages({"llm": 1})[0].environment["KIMIA_MODEL"] == "own/er"
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_address_of_ipv6_is_written_as_the_processes_read_it(host, tmp_path) -> None:
+    listen = plan(tmp_path, "--fake", "--host", host, "--port", "7").orchestrator().environment["KIMIA_LISTEN"]
+    assert Settings(listen=listen).host == "::1"
+    with contextlib.suppress(ParameterError):  # a machine without IPv6
+        check_port("::1", 0)
+        check_port(host, 0)
+
+
+def test_every_process_has_its_metrics_at_a_port_of_its_own(tmp_path, monkeypatch) -> None:
+    def ports() -> list[str | None]:
+        chosen = plan(tmp_path, "--fake")
+        parts = [chosen.orchestrator(), *chosen.stages(read_replicas(["llm=2"]))]
+        return [part.environment.get("KIMIA_METRICS_PORT") for part in parts]
+
+    monkeypatch.setenv("KIMIA_METRICS_PORT", "9090")
+    assert ports() == ["9090", "9091", "9092", "9093", "9094"]
+    for others in ("0", "wrong"):  # off; the processes' own matter to refuse
+        monkeypatch.setenv("KIMIA_METRICS_PORT", others)
+        assert ports() == [None] * 5
 
 
 def test_readiness_is_told_by_a_file_of_this_life(tmp_path) -> None:
@@ -160,6 +184,16 @@ def test_the_embedded_store_keeps_its_data_where_it_is_told(tmp_path) -> None:
         pass
 
 
+def test_two_embedded_stores_do_not_write_into_one_folder(tmp_path) -> None:
+    with store(None, tmp_path):
+        with pytest.raises(ParameterError, match="in use by another kimia up"), store(None, tmp_path):
+            pass
+        with store(None, tmp_path / "other"):
+            pass
+    with store(None, tmp_path):
+        pass
+
+
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
@@ -167,6 +201,9 @@ def test_the_embedded_store_keeps_its_data_where_it_is_told(tmp_path) -> None:
         (["--fake", "--replicas", "llm=0"], "STAGE=N"),
         (["--fake", "--port", "70000"], "0 to 65535"),
         (["--fake", "--colocated"], "leave out --colocated or --fake"),
+        (["--fake", "--quantize", "int8"], "--fake computes nothing"),
+        (["--fake", "--host", ""], "--host is empty"),
+        (["--fake", "--redis", "http://localhost"], "--redis: this is no Redis URL"),
     ],
 )
 def test_mistakes_are_one_line(given, complaint, capsys) -> None:
