@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kimia.errors import ParameterError
-from kimia.model.schedule import SCHEDULES, Schedule, prefer_schedule
+from kimia.model.schedule import BUILT_IN, SCHEDULES, Schedule, prefer_schedule
 
 FRAMES_PER_TOKEN = 4  # mel frames, a constant of the release's code
 LONGEST_NAME = 64
@@ -44,6 +44,8 @@ class PresetFile:
         name, seen = self.schedule.name, self.hold + self.context
         if not 0 < len(name) <= LONGEST_NAME or not name.replace("-", "").replace("_", "").isalnum():
             raise ParameterError(f"a preset's name has 1..{LONGEST_NAME} letters, digits, - and _, got {name!r}")
+        if name in BUILT_IN:  # refused where it is made, too: a model's folder with such a file could not be served
+            raise ParameterError(f"there is another preset {name}; give it a name of its own")
         if self.hold < 0 or self.hold % FRAMES_PER_TOKEN or self.context < 0:
             raise ParameterError(f"preset {name}: hold must be a multiple of {FRAMES_PER_TOKEN}, context not negative")
         if seen > FRAMES_PER_TOKEN * min(self.schedule.commits):
@@ -60,7 +62,7 @@ class PresetFile:
         """Raises ParameterError for a file that cannot be read or holds no preset."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ParameterError(f"{path}: no preset can be read ({error})") from error
         if not isinstance(values, dict):
             raise ParameterError(f"{path}: a preset is one JSON object")

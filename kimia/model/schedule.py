@@ -49,7 +49,8 @@ LOW_LATENCY = Schedule("low-latency", commits=(6, 12, 24, 37), look_ahead=4, wai
 UPSTREAM = Schedule("upstream", commits=(18, 30), look_ahead=12, waits_for_next=True, held=(9, 21))
 
 # What turns may ask for; the first is for those that name none. Files add to it (`kimia.model.preset_file`).
-SCHEDULES = {schedule.name: schedule for schedule in (LOW_LATENCY, UPSTREAM)}
+BUILT_IN = {schedule.name: schedule for schedule in (LOW_LATENCY, UPSTREAM)}
+SCHEDULES = dict(BUILT_IN)
 
 
 def default_name() -> str:

@@ -147,6 +147,16 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_searched(tmp_pa
     assert not shown.out
 
 
+@pytest.mark.parametrize("name", ["low-latency", "../x"])
+def test_a_name_that_no_service_would_start_with_is_said_before_anything_is_searched(name, tmp_path, capsys):
+    given = ["--name", name, "--out", str(tmp_path)]
+    assert main(["calibrate-flow", str(golden("e2e") / "model"), CLIP, *QUICK, *given]) == 1
+    shown = capsys.readouterr()
+    assert name in shown.err
+    assert "candidates" not in shown.err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_grid_that_is_farther_than_was_asked_for_is_not_taken_silently():
     grids = [SimpleNamespace(part="grid", distance=distance) for distance in (1.73, 2.5)]
     cuts = [SimpleNamespace(part="cuts", distance=0.1)]

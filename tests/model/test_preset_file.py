@@ -39,6 +39,7 @@ def test_what_is_written_is_read(tmp_path):
     + [
         ({"name": ""}, "name"),
         ({"name": "a b"}, "name"),
+        ({"name": "upstream"}, "another preset upstream"),
         ({"name": 3}, "name: expected str"),
         ({"commits": []}, "at least one token"),
         ({"commits": [6, 0]}, "at least one token"),
@@ -63,7 +64,7 @@ def test_impossible_files_are_refused_with_their_name_and_the_rule(tmp_path, cha
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 200_000])
 def test_what_is_no_preset_is_refused(tmp_path, content):
     path = tmp_path / "preset.json"
     path.write_bytes(content)
