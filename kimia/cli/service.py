@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kimia.errors import ParameterError
 
 if TYPE_CHECKING:
-    from kimia.client import Answer, Kimia
+    from kimia.client import Kimia
 
 DEFAULT_SERVER = "localhost:50051"
 
@@ -60,13 +60,13 @@ def check_writable(path: Path) -> None:
         raise ParameterError(f"{path}: no permission to write there")
 
 
-def write_wav(path: Path, answer: Answer) -> None:
-    """Write an answer's speech, signed 16-bit PCM. Raises ParameterError."""
+def write_wav(path: Path, pcm: bytes, sample_rate: int) -> None:
+    """Write speech, signed 16-bit PCM. Raises ParameterError."""
     try:
         with path.open("wb") as raw, wave.open(raw, "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
-            file.setframerate(answer.sample_rate)
-            file.writeframes(answer.pcm)
+            file.setframerate(sample_rate)
+            file.writeframes(pcm)
     except OSError as error:
         raise ParameterError(f"{path}: cannot be written ({error.strerror})") from error

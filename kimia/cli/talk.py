@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kimia.cli.arguments import add_sampling, sampling_options
 from kimia.cli.service import add_server, check_writable, open_client, write_wav
 from kimia.cli.waterfall import Waterfall, as_text, draw_waterfall, waterfall
-from kimia.client import Answer, AudioChunk, TextDelta
+from kimia.client import Answer, AudioChunk, TextDelta, TurnDone
 from kimia.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
     """Ask, print the answer as it comes, then the waterfall."""
     check_arguments(args)
     with open_client(args) as kimia:
-        answer = _follow(_turn(kimia, args), args)
-    if args.out:
-        write_wav(args.out, answer)
+        turn = _turn(kimia, args)
+        try:
+            answer = _follow(turn, args)
+        finally:  # a turn that broke off too: what was heard is there
+            _keep(turn, args.out)
     fall = waterfall(answer.latency, answer.times)
     if args.waterfall:
         draw_waterfall(fall, _summary(answer), args.waterfall)
@@ -108,6 +110,18 @@ def _follow(turn: Turn, args: argparse.Namespace) -> Answer:
     if not args.json:
         print(flush=True)
     return turn.progress.answer()
+
+
+def _keep(turn: Turn, out: Path | None) -> None:
+    """Write what has come of the speech."""
+    progress = turn.progress
+    done = isinstance(progress.end, TurnDone)
+    if out is None or progress.started is None or not (done or progress.pcm):
+        return
+    write_wav(out, progress.pcm, progress.started.sample_rate)
+    if not done:
+        seconds = len(progress.pcm) / 2 / progress.started.sample_rate
+        print(f"the turn broke off: {seconds:.2f} s of speech are in {out}", file=sys.stderr)
 
 
 def _report(answer: Answer) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import wave
 import pytest
 
 from kimia.cli import main
-from kimia.errors import CapacityError
+from kimia.errors import CapacityError, InternalError
 from kimia.v1.conversation_pb2 import OUTPUT_TYPE_TEXT
-from tests.client.scripted import WHOLE
+from tests.client.scripted import WHOLE, audio, started
 
 pytestmark = pytest.mark.unit
 
@@ -67,6 +67,23 @@ def test_a_refusal_is_one_line(scripted, sound, capsys) -> None:
     scripted.generate = [[CapacityError("all rows are taken", retry_after=2.0)]]
     assert talk(scripted, sound) == 1
     assert capsys.readouterr().err.startswith("error: all rows are taken")
+
+
+def test_speech_of_a_turn_that_breaks_off_is_kept(scripted, sound, tmp_path, capsys) -> None:
+    scripted.generate = [[started(), audio(0), InternalError("the model gave no numbers")]]
+    out = tmp_path / "answer.wav"
+    assert talk(scripted, sound, "--out", out) == 1
+    with wave.open(str(out)) as file:
+        assert file.getnframes() == 10
+    error = capsys.readouterr().err
+    assert f"the turn broke off: 0.00 s of speech are in {out}" in error
+    assert "error: the model gave no numbers" in error
+
+
+def test_a_turn_that_breaks_off_before_any_speech_leaves_no_file(scripted, sound, tmp_path) -> None:
+    scripted.generate = [[started(), InternalError("the model gave no numbers")]]
+    assert talk(scripted, sound, "--out", tmp_path / "answer.wav") == 1
+    assert not (tmp_path / "answer.wav").exists()
 
 
 @pytest.mark.parametrize(
