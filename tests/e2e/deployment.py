@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import docker
 import pytest
@@ -153,13 +154,13 @@ class Deployment:
 
 
 @contextmanager
-def deployed() -> Iterator[Deployment]:
-    """Build, start and wait; take everything down in the end."""
+def deployed(replicas: Mapping[str, int] = MappingProxyType({}), **settings: str) -> Iterator[Deployment]:
+    """Build, start and wait; take everything down in the end. Replicas: of services of which not one runs."""
     engine = connect()
-    deployment = Deployment(f"kimia-e2e-{secrets.token_hex(4)}", engine)
+    deployment = Deployment(f"kimia-e2e-{secrets.token_hex(4)}", engine).with_settings(**settings)
     try:
         deployment.compose("build", timeout=1800)
-        deployment.compose("up", "--detach", "--wait", "--no-build")
+        deployment.scale(**replicas)
         yield deployment
     finally:
         deployment.compose("down", "--volumes", "--timeout", "5")

@@ -74,6 +74,12 @@ class Load:
             assert len(self.turns) < last, f"not reached within {turns} turns"
             await asyncio.sleep(0.1)
 
+    def check(self, expected: Spoken) -> None:
+        """No turn failed, and each gave the same as when nothing disturbed it. Raises AssertionError."""
+        assert self.failures == []
+        assert {turn.text for turn in self.turns} == {expected.text}
+        assert {turn.pcm for turn in self.turns} == {expected.pcm}
+
 
 @asynccontextmanager
 async def load(deployment: Deployment, callers: int = 3) -> AsyncIterator[Load]:
