@@ -45,11 +45,10 @@ async def test_one_spoken_turn(deployment: Deployment, undisturbed: dict[str, Sp
     undisturbed["turn"] = turn
 
 
-def test_the_images(deployment: Deployment, capsys: pytest.CaptureFixture[str], record_property) -> None:
+def test_the_images(deployment: Deployment, capsys: pytest.CaptureFixture[str]) -> None:
     images = {name: deployment.engine.images.get(f"kimia-{name}:e2e") for name in SERVICES}
     layers = {name: image.attrs["RootFS"]["Layers"] for name, image in images.items()}
     for name, image in images.items():
-        record_property(f"image_bytes_{name}", image.attrs["Size"])
         with capsys.disabled():
             print(f"\nkimia-{name}: {image.attrs['Size'] / 1e6:.0f} MB, {len(layers[name])} layers", end="")
     shared = layers["tokenizer"][:-2]  # all but the stage's own code
