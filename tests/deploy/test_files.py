@@ -108,6 +108,18 @@ def test_every_long_running_container_is_confined() -> None:
         assert "container_name" not in service, name  # a name of its own forbids --scale
 
 
+def test_triton_has_the_threads_of_a_stage() -> None:
+    """With others its sums are in another order, and what it computes on a CPU is not bit-equal."""
+    stage = SERVICES["tokenizer"]["environment"]
+    assert SERVICES["triton"]["environment"]["OMP_NUM_THREADS"] == stage["OMP_NUM_THREADS"] == stage["KIMIA_THREADS"]
+
+
+def test_a_profile_with_the_language_model_can_quantise_it() -> None:
+    for process in ("llm", "colocated"):
+        assert "KIMIA_QUANTIZE" in SERVICES[process]["environment"]
+        assert "dependencies.py quantize" in dockerfile(process).split(OWN)[1]
+
+
 def test_only_the_orchestrator_publishes_a_port() -> None:
     assert [name for name, service in SERVICES.items() if "ports" in service] == ["orchestrator"]
     assert yaml.safe_load(COMPOSE)["networks"]["inside"] == {"internal": True}
