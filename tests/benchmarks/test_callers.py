@@ -1,5 +1,6 @@
 """Callers against a real orchestrator, a real journal and workers with fake stages."""
 
+import asyncio
 import io
 import json
 
@@ -7,6 +8,7 @@ import pytest
 
 from benchmarks.callers import FRAME_SECONDS, Habits, Spec, everybody
 from kimia.runtime.fake import FakeTiming
+from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire, WireOptions
 from tests.orchestrator.world import World
 
@@ -37,6 +39,8 @@ async def world(valkey_url):
 async def lived(world, callers, rows=4, **habits):
     """What callers write down who hang up after their first call."""
     host = await world.begin(TIMING, rows)
+    while await host.desk.turns.copies.is_new(Ledger(world.wire).announced_seconds):  # until then nobody is refused
+        await asyncio.sleep(0.05)
     output = io.StringIO()
     spec = Spec(host.target, range(callers), 0.05, 7, Habits(**{**vars(HURRIED), **habits}))
     await everybody(spec, output)

@@ -53,12 +53,12 @@ def test_an_answer_is_written_as_wav(scripted, tmp_path) -> None:
     with open_client(arguments("--server", scripted.target, "--tenant", "acme")) as kimia:
         answer = question(kimia).collect()
     assert scripted.requests[0].caller.tenant == "acme"
-    write_wav(tmp_path / "a.wav", answer)
+    write_wav(tmp_path / "a.wav", answer.pcm, answer.sample_rate)
     with wave.open(str(tmp_path / "a.wav")) as file:
         assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (24000, 1, 2)
         assert file.readframes(1000) == answer.pcm
     with pytest.raises(ParameterError, match="cannot be written"):
-        write_wav(tmp_path / "no" / "a.wav", answer)
+        write_wav(tmp_path / "no" / "a.wav", answer.pcm, answer.sample_rate)
 
 
 def test_places_that_cannot_be_written(tmp_path, monkeypatch) -> None:
