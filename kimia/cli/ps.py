@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 from kimia.errors import UnavailableError
 from kimia.stage import STAGES
+from kimia.streams import keys
 
 DEFAULT_REDIS = "redis://127.0.0.1:6379/0"
-MOST_PARTITIONS = 1024
 EPILOG = """examples:
   kimia ps --redis redis://127.0.0.1:6379/0
   kimia ps --redis redis+cluster://127.0.0.1:7000 --partitions 16
@@ -63,8 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _partitions(text: str) -> int:
     """As many as the service may have (`Settings.partitions`)."""
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_PARTITIONS:
-        raise argparse.ArgumentTypeError(f"a service has 1 to {MOST_PARTITIONS} partitions, got {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= keys.MOST_PARTITIONS:
+        raise argparse.ArgumentTypeError(f"a service has 1 to {keys.MOST_PARTITIONS} partitions, got {text!r}")
     return int(text)
 
 

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from kimia.errors import SettingsError
+from kimia.streams import keys
 from kimia.streams.addresses import check_url
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     partitions: int = Field(
         1,
         ge=1,
-        le=1024,
+        le=keys.MOST_PARTITIONS,
         description="Partitions of sessions, 16 or more on a cluster; the same in every process, for good",
     )
     lease_seconds: float = Field(1.6, gt=0, description="Silence of a worker after which others take its turns over")

@@ -24,6 +24,7 @@ CLASSES = (HANDOVER, INTERACTIVE, BATCH)  # in the order of service
 
 GROUP = "workers"  # the one consumer group of every job stream
 
+MOST_PARTITIONS = 1024  # of one journal
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # ---- ids ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from annotated_types import Ge, Le
 
 from kimia.cli import main
-from kimia.cli.ps import MOST_PARTITIONS, StageLine, look, table
+from kimia.cli.ps import StageLine, look, table
 from kimia.runtime.settings import Settings
 from kimia.stage import DETOKENIZER, LLM, TOKENIZER
 from kimia.streams.ledger import Ledger

@@ -1,11 +1,14 @@
 """Speech as codes, mel and sound of one length."""
 
+import itertools
+
 import pytest
 import torch
 
 from kimia.errors import AudioError, ParameterError
 from training.smoke import tones
 from training.speaking import Speaking, Spoken
+from training.texts import DIGITS
 
 pytestmark = pytest.mark.unit
 
@@ -62,6 +65,12 @@ def test_sentences_that_differ_in_digits_alone_are_drawn_less_often_each(configs
     clips = [tones("hibari", text, 6, seed) for seed, text in enumerate(texts)]
     drawn = drawn_texts(speaking(configs, clips), 40)
     assert 100 < drawn.count("goodbye") < 170  # a third of 400; were all alike it were a fifth
+
+
+def test_a_rare_sentence_is_met_among_many_of_another_length(configs):
+    many = [tones("hibari", " ".join(three), 2, 1) for three in itertools.product(DIGITS, repeat=3)]
+    drawn = drawn_texts(speaking(configs, [*many, tones("hibari", "goodbye", 4, 2)]), 600)
+    assert drawn.count("goodbye") > 90  # 120 expected; were the windows drawn evenly it were 60
 
 
 def test_half_of_the_steps_have_what_the_shop_says(configs):
