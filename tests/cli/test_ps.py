@@ -4,11 +4,9 @@ import asyncio
 import json
 
 import pytest
-from annotated_types import Ge, Le
 
 from kimia.cli import main
 from kimia.cli.ps import StageLine, look, table
-from kimia.runtime.settings import Settings
 from kimia.stage import DETOKENIZER, LLM, TOKENIZER
 from kimia.streams.ledger import Ledger
 from kimia.streams.wire import Wire
@@ -66,7 +64,6 @@ def test_partitions_that_no_service_has(wrong, monkeypatch, capsys) -> None:
         with pytest.raises(SystemExit, match="2"):
             main(["ps", "--redis", "redis://127.0.0.1:1/0", *given])
         assert f"argument --partitions: a service has 1 to 1024 partitions, got '{wrong}'" in capsys.readouterr().err
-    assert Settings.model_fields["partitions"].metadata == [Ge(1), Le(MOST_PARTITIONS)]
 
 
 def test_columns_stand_under_one_another() -> None:
