@@ -21,10 +21,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 T = TypeVar("T")
 
 
+def cores() -> int:
+    """Of this machine, those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def spare_cores() -> int:
     """Processes that a trainer may have beside itself: all cores but its own; none where there are no more than two."""
-    cores = len(os.sched_getaffinity(0))
-    return cores - 1 if cores > 2 else 0
+    return cores() - 1 if cores() > 2 else 0
 
 
 def is_helper() -> bool:

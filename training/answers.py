@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from kimia.model.conversation import OutputType
 from kimia.model.presets import PRESETS, Preset
@@ -22,6 +21,7 @@ from training.ahead import made
 from training.augment import mu_law_8k, resampled
 from training.classroom import resampled_speech
 from training.listening import transcript
+from training.progress import bar
 from training.scores import ErrorRate, error_rate
 from training.sounds import sound
 from training.tasks import Example, Part, call, caption, name_sound, question, say, style, transcribe
@@ -192,7 +192,7 @@ class Exam:
         return self._made(task.__name__, self.items, told)
 
     def _made(self, what: str, count: int, make: Callable[[int], T]) -> list[T]:
-        return [*tqdm(made(make, range(count), self.workers), what, count, leave=False, disable=None)]
+        return [*bar(made(make, range(count), self.workers), desc=what, total=count, leave=False)]
 
 
 # ---- measures ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import soxr
 import torch
-from tqdm import tqdm
 
 from kimia.errors import AudioError, CheckpointError
 from kimia.model.config import LMConfig
@@ -30,6 +29,7 @@ from kimia.model.writing import whole_file
 from training.ahead import is_helper, made
 from training.augment import CALLER, augmented, resampled
 from training.language_model import Lesson, lesson
+from training.progress import bar
 from training.sounds import sound
 from training.tasks import Example, Part, sample_example
 from training.voices import CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, Cache, Voice
@@ -112,7 +112,7 @@ def make_shard(
         return True
     rng = random.Random(seed)
     rows = []
-    for number in tqdm(range(count), desc=path.name, disable=is_helper() or None):
+    for number in bar(range(count), desc=path.name, disable=is_helper() or None):
         if time.monotonic() >= until:
             return False
         example = sample_example(rng, held_out=held_out)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import soxr
-from tqdm import tqdm
 
 from kimia.errors import AudioError, KimiaError, ParameterError
 from kimia.model.writing import whole_file
 from training.ahead import made
 from training.options import add_slice, deadline, unfinished
+from training.progress import bar
 from training.texts import sample_text, shop_sentences
 from training.voices import BY_NAME, CALLERS, HEARING_RATE, SPEAKER, SPEECH_RATE, STRANGERS, Cache, Voice
 
@@ -128,7 +128,7 @@ def load_clips(folder: Path, split: str, voice: str | None = None) -> list[Clip]
     packed = _unpacked(folder)
     return [
         Clip(item, packed[item]) if item in packed else load_clip(folder, item, n)
-        for n, item in tqdm(wanted, desc=f"clips ({split})", disable=None)
+        for n, item in bar(wanted, desc=f"clips ({split})")
     ]
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     write_list(options.out, items)
     spoken = made(lambda number: load_clip(options.out, items[number], number + 1), range(len(items)), options.workers)
     clips: list[Clip] = []
-    for clip in tqdm(spoken, desc="speaking", total=len(items)):
+    for clip in bar(spoken, desc="speaking", total=len(items)):
         clips.append(clip)
         if time.monotonic() >= until and len(clips) < len(items):
             unfinished(f"corpus: {len(clips)} of {len(items)} sentences are spoken")

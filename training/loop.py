@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from kimia.errors import CheckpointError, NumericsError
 from kimia.model.writing import whole_file
+from training.progress import bar
 
 STATE, CURVE, HISTORY = "last.pt", "loss.png", "history.jsonl"
 CPU = torch.device("cpu")
@@ -92,12 +93,12 @@ class Loop:
         spent = self.progress.seconds
         cpu_began, cpu_spent = time.process_time(), self.progress.cpu_seconds
         self.module.train()
-        with tqdm(total=self.plan.steps, initial=self.progress.step, desc=self.name, disable=None) as bar:
+        with bar(total=self.plan.steps, initial=self.progress.step, desc=self.name) as shown:
             while self.progress.step < self.plan.steps and time.monotonic() - began < self.plan.seconds:
                 self._step()
                 self.progress.seconds = spent + time.monotonic() - began
                 self.progress.cpu_seconds = cpu_spent + time.process_time() - cpu_began
-                self._report(bar)
+                self._report(shown)
                 if time.monotonic() - saved > self.plan.save_every:
                     self.save()
                     saved = time.monotonic()
@@ -149,8 +150,8 @@ class Loop:
 
     # ---- reporting ----
 
-    def _report(self, bar: tqdm[Any]) -> None:
-        bar.update()
+    def _report(self, shown: tqdm[Any]) -> None:
+        shown.update()
         if self.progress.step % self.plan.report_every:
             return
         keys = dict.fromkeys(key for one in self._since for key in one)  # not every step has every loss
@@ -167,7 +168,7 @@ class Loop:
         )
         with open(self.folder / HISTORY, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.progress.history[-1]) + "\n")
-        bar.set_postfix({key: f"{value:.3f}" for key, value in means.items()})
+        shown.set_postfix({key: f"{value:.3f}" for key, value in means.items()})
 
     def draw(self) -> None:
         """The losses so far as a picture; nothing where matplotlib is not installed, or nothing was reported."""
@@ -225,13 +226,18 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def multiplies_bfloat16() -> bool:
+    """Has the processor products of bfloat16? With AMX's tiles a step takes a third of the time, with AVX-512's two."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """bfloat16 products on CUDA and where the processor has tiles for them, float32 elsewhere."""
+    """bfloat16 products on CUDA and where the processor multiplies them itself, float32 elsewhere."""
     if device.type == "cuda":
         with torch.autocast("cuda", torch.bfloat16):
             yield
-    elif device.type == "cpu" and torch.cpu._is_amx_tile_supported():  # a third of the time there
+    elif device.type == "cpu" and multiplies_bfloat16():
         with torch.autocast("cpu", torch.bfloat16), _ExactAttention():
             yield
     else:

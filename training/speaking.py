@@ -1,9 +1,9 @@
 """What the speaking stages learn from: the speaking voice's clips as codes, mel and sound.
 
 The codes are those that the finished tokenizer gives for the clip. Half of the clips begin with a token, as the answers
-do that the language model learns; the others at a random place inside the first one: the same sentence has many
-codings, and the flow model should draw the same speech from each. Half of the steps have what the shop says, which is
-what is synthesised in calls. Sentences that differ in their digits alone are many; each is drawn less often for it.
+do that the language model learns; the others at one of a few places inside the first one: the same sentence has many
+codings, and the flow model should draw the same speech from each. Codes are kept, for the tokenizer costs a step more
+than the step does. Half of the steps have what the shop says, which is what is synthesised in calls. Sentences that differ in their digits alone are many; each is drawn less often for it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from training.voices import HEARING_RATE, SPEAKER, SPEECH_RATE
 
 FRAMES_PER_TOKEN = 4
 NEIGHBOURS = 64  # clips of like length that a batch is drawn from
+PLACES = 6  # inside a token, where clips that are coded begin; no multiple of a frame's, which would be heard as one
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +77,26 @@ class Speaking:
         self.tokenizer, self.flow, self.vocoder, self.seed = tokenizer, flow, vocoder, seed
         sides = [[clip for clip in clips if is_said_by_shop(clip.item.text) == shop] for shop in (True, False)]
         self.pools = [_Pool(side) for side in sides if side]
+        self._kept: dict[tuple[Clip, int], Tensor] = {}  # codes by clip and offset
 
     def spoken(self, clip: Clip, offset: int = 0) -> Spoken:
         """A clip with `offset` samples of silence before it. Without a tokenizer all codes are 0."""
         samples = np.pad(clip.speech.astype(np.float32) / 2**15, (offset, TOKEN_SAMPLES - offset if offset else 0))
         wave = torch.from_numpy(samples)
         mel = (mel_spectrogram(wave, self.vocoder) - self.flow.mel_mean) / self.flow.mel_std
-        return Spoken(self._codes(samples), mel, wave)
-
-    def _codes(self, samples: np.ndarray) -> Tensor:
         if self.tokenizer is None:
-            return torch.zeros(len(samples) // TOKEN_SAMPLES, dtype=torch.long)
-        return self.tokenizer.encode([soxr.resample(samples, SPEECH_RATE, HEARING_RATE, quality="HQ")])[0]
+            return Spoken(torch.zeros(len(samples) // TOKEN_SAMPLES, dtype=torch.long), mel, wave)
+        if (clip, offset) not in self._kept:
+            heard = soxr.resample(samples, SPEECH_RATE, HEARING_RATE, quality="HQ")
+            self._kept[clip, offset] = self.tokenizer.encode([heard])[0]
+        return Spoken(self._kept[clip, offset], mel, wave)
+
+    def _offset(self, rng: random.Random) -> int:
+        places = PLACES if self.tokenizer is not None else TOKEN_SAMPLES
+        return rng.choice((0, rng.randrange(places))) * (TOKEN_SAMPLES // places)
 
     def batch(self, step: int, size: int) -> list[Spoken]:
         """The speech of a step, alike in length: the same in every run."""
         rng = random.Random(f"{self.seed}/{step}")
         chosen = rng.choice(self.pools).draw(rng, size)
-        return [self.spoken(clip, rng.choice((0, rng.randrange(TOKEN_SAMPLES)))) for clip in chosen]
+        return [self.spoken(clip, self._offset(rng)) for clip in chosen]

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kimia.errors import CheckpointError
 from kimia.model.writing import whole_file
@@ -25,6 +24,7 @@ from training.ahead import made
 from training.config import trainer_configs
 from training.corpus import Clip, Item, balanced, load_clips
 from training.options import add_slice, deadline, unfinished
+from training.progress import bar
 from training.teacher import TEACHER_WIDTH, Teacher, load_teacher
 
 FOLDER = "taught"  # in a corpus
@@ -66,7 +66,7 @@ def keep_states(
         return 0
 
     done = made(keep, range(len(shards)), min(listening.workers, len(shards)))
-    return sum(tqdm(done, desc="teacher", total=len(shards), disable=None))
+    return sum(bar(done, desc="teacher", total=len(shards)))
 
 
 def _kept(folder: Path) -> dict[tuple[str, str], Tensor]:

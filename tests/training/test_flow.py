@@ -51,7 +51,7 @@ def test_a_clip_shorter_than_a_push_is_one_final_chunk():
 
 @torch.no_grad()
 def test_a_chunk_behind_a_prefix_gives_what_serving_gives(training, monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)  # float32, as serving on a CPU
+    monkeypatch.setattr("training.loop.multiplies_bfloat16", lambda: False)  # float32, as serving on a CPU
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(512, (1, 6), generator=generator)
     mel, x = (torch.randn(1, frames, 80, generator=generator) for frames in (16, 8))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kimia.errors import AudioError, ParameterError
+from training.corpus import TOKEN_SAMPLES
 from training.smoke import tones
-from training.speaking import Speaking, Spoken
+from training.speaking import FRAMES_PER_TOKEN, PLACES, Speaking, Spoken
 from training.texts import DIGITS
 
 pytestmark = pytest.mark.unit
@@ -16,7 +17,11 @@ pytestmark = pytest.mark.unit
 class Counting:
     """A tokenizer whose codes are the positions."""
 
+    def __init__(self):
+        self.asked = 0
+
     def encode(self, waves):
+        self.asked += 1
         return [torch.arange(-(-len(wave) // 1280)) for wave in waves]
 
 
@@ -81,10 +86,25 @@ def test_half_of_the_steps_have_what_the_shop_says(configs):
     assert all(len(step) == 1 or "we are closed on sunday" not in step for step in steps)
 
 
-def test_half_of_the_clips_begin_with_a_token(configs, speaker_clips):
-    made, offsets = speaking(configs, speaker_clips), []
+@pytest.mark.parametrize(("tokenizer", "places"), [(None, range(100, 1921)), (Counting(), range(PLACES, PLACES + 1))])
+def test_half_of_the_clips_begin_with_a_token(configs, speaker_clips, tokenizer, places):
+    made, offsets = speaking(configs, speaker_clips, tokenizer), []
     made.spoken = lambda clip, offset: offsets.append(offset)
     for step in range(40):
         made.batch(step, 10)
-    assert 160 < offsets.count(0) < 240
-    assert len(set(offsets)) > 100
+    assert 160 < offsets.count(0) < 275  # one of the places is the beginning
+    assert len(set(offsets)) in places
+
+
+def test_places_lie_between_frames_too():
+    frame = TOKEN_SAMPLES // FRAMES_PER_TOKEN
+    offsets = [place * TOKEN_SAMPLES // PLACES for place in range(PLACES)]
+    assert len({offset % frame for offset in offsets}) > 1
+
+
+def test_a_clip_is_coded_once_for_each_place(configs, speaker_clips):
+    made = speaking(configs, speaker_clips, Counting())
+    first, again, later = (made.spoken(speaker_clips[0], offset) for offset in (0, 0, 320))
+    assert made.tokenizer.asked == 2
+    assert torch.equal(first.codes, again.codes)
+    assert len(later.codes) == len(first.codes) + 1
