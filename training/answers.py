@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from training.augment import mu_law_8k, resampled
 from training.classroom import resampled_speech
 from training.listening import transcript
 from training.progress import bar
-from training.scores import ErrorRate, error_rate
+from training.scores import ErrorRate, Row, error_rate
 from training.sounds import sound
 from training.tasks import Example, Part, call, caption, name_sound, question, say, style, transcribe
 from training.texts import comparable, intent_of, sample_dialogue, sample_exchange
@@ -31,7 +32,7 @@ from training.voices import CALLERS, HEARING_RATE, SPEAKER, STRANGERS, Cache, Vo
 Line = Callable[[np.ndarray], np.ndarray]  # what happens to a wave (S,) at HEARING_RATE on its way
 Task = Callable[..., Example]
 T = TypeVar("T")
-Row = tuple[str, tuple[str, ...]]  # a measure, and its cell for each group of voices
+Section = Callable[[], Iterator[Row]]  # what is measured together
 
 VOICES: Mapping[str, Sequence[Voice]] = {"speaker": (SPEAKER,), "callers": CALLERS, "strangers": STRANGERS}
 OPTIONS: Mapping[str, Any] = {"text_temperature": 0.0, "audio_temperature": 0.0, "seed": 1, "max_new_tokens": 150}
@@ -126,45 +127,50 @@ class Exam:
     listen: int
     workers: int = 0
 
-    def rows(self) -> Iterator[Row]:
-        """All measures."""
+    def sections(self) -> dict[str, Section]:
+        """All measures, by what is measured together."""
+        found: dict[str, Section] = {}
         for name, line in LINES.items():
-            yield f"transcription{name}: words wrong", self._each(transcribe, line, words_wrong)
-            yield from self._calls(name, line)
-        yield "memory over turns: answers wrong", self._each(recall, direct, answers_wrong)
+            found |= {
+                f"transcription{name}": partial(self._each, f"transcription{name}: words wrong", transcribe, line),
+                f"calls{name}": partial(self._calls, name, line),
+                f"memory{name}": partial(self._each, f"memory over turns{name}: answers wrong", recall, line),
+                f"sounds{name}": partial(self._sounds, name, line),
+            }
         for task, what in ((question, "what a caller wants"), (caption, "captions"), (style, "style of speaking")):
-            yield f"{what}: answers wrong", self._each(task, direct, answers_wrong)
-        sounds = self._told(name_sound, (SPEAKER,), direct)
-        yield "sound events: answers wrong", (str(answers_wrong(sounds)), "", "")
-        yield from self._given_texts()
+            found[what] = partial(self._each, f"{what}: answers wrong", task, direct)
+        return found | {f"say, {preset.name}": partial(self._say, preset) for preset in PRESETS.values()}
+
+    def _sounds(self, name: str, line: Line) -> Iterator[Row]:
+        wrong = answers_wrong(self._told(name_sound, (SPEAKER,), line))
+        yield Row(f"sound events{name}: answers wrong", (str(wrong), "", ""))
 
     def _calls(self, name: str, line: Line) -> Iterator[Row]:
         """Spoken answers to single questions; as text, and as they sound."""
         groups = [self._told(one_call, voices, line) for voices in VOICES.values()]
-        yield f"calls{name}: intents wrong, as written", tuple(str(intents_wrong(told)) for told in groups)
-        yield f"calls{name}: answers wrong, as written", tuple(str(answers_wrong(told)) for told in groups)
+        yield Row(f"calls{name}: intents wrong, as written", tuple(str(intents_wrong(told)) for told in groups))
+        yield Row(f"calls{name}: answers wrong, as written", tuple(str(answers_wrong(told)) for told in groups))
         if line is not direct:
             return
         for preset in PRESETS.values():
             heard = [self._heard(told[: self.listen], preset) for told in groups]
             own = [[one.text for one in told[: self.listen]] for told in groups]
             wanted = [[one.wanted for one in told[: self.listen]] for told in groups]
-            yield (
+            yield Row(
                 f"calls, {preset.name}: words heard that are not in the answer's text",
                 tuple(str(errors(*pair, words=True)) for pair in zip(own, heard, strict=True)),
             )
-            yield (
+            yield Row(
                 f"calls, {preset.name}: intents wrong, as heard",
                 tuple(str(errors(*map(intents, pair))) for pair in zip(wanted, heard, strict=True)),
             )
 
-    def _given_texts(self) -> Iterator[Row]:
+    def _say(self, preset: Preset) -> Iterator[Row]:
         """Texts that are to be spoken."""
         rng = random.Random("say")
         texts = [say(rng, held_out=True).answer for _ in range(self.listen)]
-        for preset in PRESETS.values():
-            heard = self._said(texts, preset)
-            yield f"say, {preset.name}: words heard wrongly", (str(errors(texts, heard, words=True)), "", "")
+        heard = self._said(texts, preset)
+        yield Row(f"say, {preset.name}: words heard wrongly", (str(errors(texts, heard, words=True)), "", ""))
 
     def _heard(self, told: Sequence[Told], preset: Preset) -> list[str]:
         def heard(index: int) -> str:
@@ -176,8 +182,9 @@ class Exam:
     def _said(self, texts: Sequence[str], preset: Preset) -> list[str]:
         return self._made("say", len(texts), lambda index: transcript(self.shop.said(texts[index], preset)))
 
-    def _each(self, task: Task, line: Line, measure: Callable[[Sequence[Told]], ErrorRate]) -> tuple[str, ...]:
-        return tuple(str(measure(self._told(task, voices, line))) for voices in VOICES.values())
+    def _each(self, measure: str, task: Task, line: Line) -> Iterator[Row]:
+        wrong = words_wrong if task is transcribe else answers_wrong
+        yield Row(measure, tuple(str(wrong(self._told(task, voices, line))) for voices in VOICES.values()))
 
     def _told(self, task: Task, voices: Sequence[Voice], line: Line) -> list[Told]:
         """Held-out examples in these voices with their answers; the same examples for every checkpoint and line."""

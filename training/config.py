@@ -21,6 +21,7 @@ from kimia.model.checkpoint import VQ_TOKENIZER, Checkpoint
 from kimia.model.checkpoint_presets import Preset, text_files
 from kimia.model.config import FlowConfig, VocoderConfig
 from kimia.model.consistency import ModelConfigs, read_configs
+from kimia.model.writing import whole_file
 from training.vocabulary import domain_tokens, tiktoken_lines
 
 SEGMENT_SECONDS = 8
@@ -98,7 +99,8 @@ def write_configs(root: Path) -> Checkpoint:
 def _write(root: Path, files: dict[PurePosixPath, str]) -> Checkpoint:
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text, encoding="utf-8")
+        with whole_file(root / path) as partial:  # another stage may be reading it
+            partial.write_text(text, encoding="utf-8")
     return Checkpoint(root, root / VQ_TOKENIZER)
 
 

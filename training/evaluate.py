@@ -4,14 +4,19 @@
 
 A part that is not there yet has no rows. The table is printed, and put into the card between its marks. Nothing here
 has seen a held-out text; strangers are voices that nothing was trained on.
+
+What was found is kept beside the corpus, for these weights and numbers of items: the same command goes on where it was
+broken off, or where its `--seconds` were over.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +27,12 @@ from kimia.errors import ParameterError
 from kimia.model.bigvgan import load_vocoder
 from kimia.model.checkpoint import ARCHIVE, SHARD_INDEX, SINGLE_FILE, Checkpoint, open_checkpoint
 from kimia.model.detokenize import Detokenizer
+from kimia.model.fingerprint import fingerprint
 from kimia.model.presets import PRESETS, Preset
+from kimia.model.writing import whole_file
 from training import encoders
-from training.ahead import made
-from training.answers import LINES, Exam, Shop
+from training.ahead import cores, made
+from training.answers import LINES, Exam, Section, Shop
 from training.augment import CALLER, augmented
 from training.codebook import Recipe
 from training.codebook import judge as judge_codes
@@ -34,22 +41,17 @@ from training.corpus import GROUPS, Clip, held_out
 from training.encoders import EncoderTraining, name_event, read_encoder
 from training.hearing import Hearing
 from training.listening import griffin_lim, transcript
-from training.scores import error_rate
+from training.options import add_slice, deadline, unfinished
+from training.scores import Row, error_rate
 from training.sounds import SOUNDS, sound
 from training.texts import comparable
 from training.vq import VQTraining, read_vq
 
 CARD = "README.md"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
+NO_CARD = f"# kimia micro, trained anew\n\n{BEGIN}{END}\n"
+FOLDER = "figures"  # in a corpus: what was found before
 EVENTS_SEED = 77  # of the sound events: none of a training step's
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measure: its cells by group, in the order of GROUPS."""
-
-    measure: str
-    cells: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,21 @@ class Subject:
     corpus: Path
     workers: int = 0  # processes that measure beside each other, where items do not need one another
 
-    def rows(self) -> Iterator[Row]:
-        """All measures of the parts that are there."""
+    def sections(self) -> dict[str, Section]:
+        """All measures of the parts that are there, by what is measured together."""
+        found: dict[str, Section] = {}
         if (self.checkpoint.whisper / SINGLE_FILE).exists():
-            yield from self._features()
+            found["features"] = self._features
         if (self.checkpoint.vq_tokenizer / SINGLE_FILE).exists():
-            yield from self._codes()
+            found["codes"] = self._codes
         if (self.checkpoint.vocoder / ARCHIVE).exists():
-            yield from self._vocoder()
+            found["vocoder"] = self._vocoder
         if (self.checkpoint.vocoder / ARCHIVE).exists() and (self.checkpoint.flow / ARCHIVE).exists():
-            yield from self._speech()
+            found["speech"] = self._speech
             if (self.checkpoint.root / SHARD_INDEX).exists():
                 shop, items = Shop.load(self.checkpoint.root, self.corpus), len(self.clips[GROUPS[0]])
-                exam = Exam(shop, items, self.listen, self.workers)
-                yield from (Row(*row) for row in exam.rows())
+                found |= Exam(shop, items, self.listen, self.workers).sections()
+        return found
 
     # ---- hearing ----
 
@@ -176,6 +179,27 @@ def put_into(card: str, figures: str) -> str:
     return before + begin + figures + end + after
 
 
+def measure(sections: Mapping[str, Section], record: Path, until: float = math.inf) -> list[Row]:
+    """Rows of all sections. Those in the record are not measured again; each is kept there as soon as it is known.
+
+    Ends the program with UNFINISHED where `time.monotonic` comes to be `until` before the last begins.
+    """
+    known = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    for name, section in sections.items():
+        if name in known:
+            continue
+        if time.monotonic() >= until:
+            unfinished(f"evaluate: {len(known)} of {len(sections)} measures are taken")
+        known[name] = []
+        for row in section():
+            print(row.measure, *row.cells, sep=" | ", flush=True)
+            known[name].append(row)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(record) as partial:
+            partial.write_text(json.dumps(known), encoding="utf-8")
+    return [Row(measure, tuple(cells)) for name in sections for measure, cells in known[name]]
+
+
 def main() -> None:
     """Measure a checkpoint, and put the figures into its card."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -183,21 +207,18 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=200, help="clips of each group")
     parser.add_argument("--listen", type=int, default=100, help="clips that the judge listens to")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: all cores"
-    )
+    add_slice(parser, workers=cores())
     options = parser.parse_args()
+    until = deadline(options)
     clips = {group: held_out(options.corpus, group, options.limit) for group in GROUPS}
-    opened, configs = open_checkpoint(options.checkpoint), trainer_configs()
-    rows = []
-    for row in Subject(opened, configs, clips, options.listen, options.corpus, options.workers).rows():
-        print(row.measure, *row.cells, sep=" | ", flush=True)  # an hour's work, should it be broken off
-        rows.append(row)
-    figures = table(rows)
+    opened = open_checkpoint(options.checkpoint)
+    subject = Subject(opened, trainer_configs(), clips, options.listen, options.corpus, options.workers)
+    parts = (opened.root, opened.whisper, opened.vq_tokenizer, opened.flow, opened.vocoder)
+    known = fingerprint(parts, f"{options.limit} clips", f"{options.listen} heard")
+    figures = table(measure(subject.sections(), options.corpus / FOLDER / f"{known}.json", until))
     print(figures)
     card = options.checkpoint / CARD
-    if card.exists():
-        card.write_text(put_into(card.read_text("utf-8"), figures), encoding="utf-8")
+    card.write_text(put_into(card.read_text("utf-8") if card.exists() else NO_CARD, figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

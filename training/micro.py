@@ -3,8 +3,7 @@
 A stage begins when those that it learns from have ended, on a lane of its own. One that has ended well leaves a file
 `finished` in its folder and is not run again; delete the folder to train it anew. One that fails holds up only those
 that learn from it. With `--seconds` the stages end in time, as for a machine that is lent for minutes, and the same
-command goes on. The card's figures take longer than such a slice and cannot be broken off: they are measured without
-`--seconds` only.
+command goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import corpus, states
+from training import corpus, evaluate, states
 from training.ahead import cores
 from training.options import UNFINISHED
 from training.progress import LINE
@@ -30,8 +29,6 @@ FINISHED = "finished"
 RESERVE = 30.0  # seconds of a slice for starting, and for keeping what was done
 CORPUS = ("--speaker", "6000", "--callers", "5000", "--test", "200")
 TAUGHT = ("--speaker", "2500")  # heard by the encoders: all clips of the speaking voice would outweigh the callers'
-
-
 LANES = 2  # a third would save the two minutes of the study
 
 Run = Callable[[str, Sequence[object], int], int]  # a module of training, its words, its lane: the exit code
@@ -65,6 +62,12 @@ def stages(folder: Path) -> list[Stage]:
         trainer("vocoder", "vocoder", ("corpus",)),
         trainer("flow", "flow", ("vq",)),
         trainer("language_model", "language_model", ("vq",)),
+        Stage(
+            "evaluate",
+            ("--corpus", sound, "--checkpoint", checkpoint),
+            sound / evaluate.FOLDER / FINISHED,
+            ("vocoder", "flow", "language_model"),
+        ),
     ]
 
 
@@ -82,9 +85,9 @@ def rebuild(folder: Path, seconds: float, run: Run = _run) -> int:
             print(f"The slice is over in stage {name}; what was done is kept. The same command goes on.")
         elif code:
             print(f"Stage {name} failed: see above. The same command goes on from the last state that was kept.")
-    if any(codes.values()):
-        return next((code for code in codes.values() if code not in (0, UNFINISHED)), 0)
-    return _figures(folder, seconds, run)
+    if not any(codes.values()):
+        print(f"All is trained and measured: {folder / 'checkpoint'}")
+    return next((code for code in codes.values() if code not in (0, UNFINISHED)), 0)
 
 
 class _Lanes:
@@ -126,15 +129,6 @@ class _Lanes:
         if code == 0:
             stage.finished.touch()
         return code
-
-
-def _figures(folder: Path, seconds: float, run: Run) -> int:
-    places = ("--corpus", folder / "corpus", "--checkpoint", folder / "checkpoint")
-    if math.isfinite(seconds):
-        words = " ".join(map(str, places))
-        print(f"All is trained. The card's figures, which no slice can hold: python -m training.evaluate {words}")
-        return 0
-    return run("evaluate", places, 0)
 
 
 def main() -> None:

@@ -34,11 +34,14 @@ def trainer_parser(description: str | None, *, steps: int, batch: int, rate: flo
     return parser
 
 
-def add_slice(parser: argparse.ArgumentParser) -> None:
-    """How long the command may take, and with how many helpers."""
+def add_slice(parser: argparse.ArgumentParser, *, workers: int | None = None) -> None:
+    """How long the command may take, and with how many helpers: by default as many as a trainer leaves cores."""
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which the run ends, resumable")
     parser.add_argument(
-        "--workers", type=int, default=spare_cores(), help="processes that prepare data; default: all cores but one"
+        "--workers",
+        type=int,
+        default=spare_cores() if workers is None else workers,
+        help="processes that work beside this one; here %(default)s by default",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,13 @@ def distance(first: Sequence[object], second: Sequence[object]) -> int:
         for column, right in enumerate(second, 1):
             above, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, above + (left != right))
     return row[-1]
+
+
+class Row(NamedTuple):
+    """One measure of a model card: its cells by group of voices."""
+
+    measure: str
+    cells: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 The codes are those that the finished tokenizer gives for the clip. Half of the clips begin with a token, as the answers
 do that the language model learns; the others at one of a few places inside the first one: the same sentence has many
-codings, and the flow model should draw the same speech from each. Codes are kept, for the tokenizer costs a step more
-than the step does. Half of the steps have what the shop says, which is what is synthesised in calls. Sentences that differ in their digits alone are many; each is drawn less often for it.
+codings, and the flow model should draw the same speech from each. Codes are kept, for the tokenizer costs more than a
+step of the flow model. Half of the steps have what the shop says, which is what is synthesised in calls. Sentences that
+differ in their digits alone are many; each is drawn less often for it.
 """
 
 from __future__ import annotations

@@ -74,19 +74,23 @@ class Oracle:
         return text
 
 
+def rows(exam):
+    return [row for section in exam.sections().values() for row in section()]
+
+
 @pytest.fixture
 def rates(monkeypatch):
     """The first figure of every cell of an exam."""
     monkeypatch.setattr(answers, "transcript", answers.comparable)
     return lambda oracle: {
-        measure: [float(cell.split()[0]) for cell in cells if cell] for measure, cells in Exam(oracle, 6, 3).rows()
+        measure: [float(cell.split()[0]) for cell in cells if cell] for measure, cells in rows(Exam(oracle, 6, 3))
     }
 
 
 def test_right_answers_are_all_right(rates):
     found = rates(Oracle())
     assert {rate for cell in found.values() for rate in cell} == {0.0}
-    assert len(found) == 17
+    assert len(found) == 19
     assert len(found["transcription: words wrong"]) == 3
     assert len(found["say, low-latency: words heard wrongly"]) == 1
 
@@ -97,11 +101,13 @@ def test_a_word_too_few_makes_answers_wrong_but_not_their_intents(rates):
     assert max(found["calls, upstream: intents wrong, as heard"]) < 50
     assert found["calls, upstream: words heard that are not in the answer's text"] == [0.0] * 3
     assert found["memory over turns: answers wrong"] == [100.0] * 3
+    assert found["memory over turns, 8 kHz mu-law: answers wrong"] == [100.0] * 3
+    assert found["sound events, 8 kHz mu-law: answers wrong"] == [100.0]
 
 
 def test_processes_find_what_one_finds(monkeypatch):
     monkeypatch.setattr(answers, "transcript", answers.comparable)
-    alone, helped = ([*Exam(Oracle(words_left_out=1), 6, 3, workers).rows()] for workers in (0, 2))
+    alone, helped = (rows(Exam(Oracle(words_left_out=1), 6, 3, workers)) for workers in (0, 2))
     assert helped == alone
 
 

@@ -1,5 +1,8 @@
 """The card's figures: rows of the parts that are there, and their place in the card."""
 
+import time
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,7 +11,9 @@ from kimia.model.checkpoint import open_checkpoint
 from training.config import write_configs
 from training.corpus import GROUPS
 from training.encoders import EncoderTraining, write_encoder
-from training.evaluate import BEGIN, END, Row, Subject, named_events, put_into, table
+from training.evaluate import BEGIN, END, NO_CARD, Subject, measure, named_events, put_into, table
+from training.options import UNFINISHED
+from training.scores import Row
 from training.smoke import tones
 from training.vocoder import VocoderTraining, write_vocoder
 
@@ -20,9 +25,10 @@ def test_only_parts_that_are_there_are_measured(configs, tmp_path, monkeypatch):
     write_configs(tmp_path)
     clips = {group: [tones("hibari", "yes", 6, 0), tones("hibari", "no", 7, 1)] for group in GROUPS}
     subject = Subject(open_checkpoint(tmp_path), configs, clips, listen=1, corpus=tmp_path)
-    assert list(subject.rows()) == []
+    assert subject.sections() == {}
     write_encoder(tmp_path, EncoderTraining(configs.whisper, configs.whisper_features))
-    measures = [row.measure for row in subject.rows()]
+    assert list(subject.sections()) == ["features"]
+    measures = [row.measure for row in subject.sections()["features"]()]
     assert len(measures) == 5
     assert measures[0] == "letters from the features: characters wrong"
     assert measures[2] == "letters from the features, 8 kHz mu-law: characters wrong"
@@ -37,7 +43,8 @@ def test_only_parts_that_are_there_are_measured(configs, tmp_path, monkeypatch):
 
     monkeypatch.setattr("training.evaluate.transcript", judge)
     write_vocoder(tmp_path, VocoderTraining(configs.vocoder, configs.flow))
-    assert len(list(subject.rows())) == 3
+    assert list(subject.sections()) == ["vocoder"]
+    assert len(list(subject.sections()["vocoder"]())) == 3
     assert heard == [len(clips["speaker"][0].speech)] * 3  # the voice, its mel, the vocoder
 
 
@@ -55,3 +62,47 @@ def test_figures_are_put_between_the_card_s_marks():
     assert "| words wrong | 1 | 2 | 3 |" in card
     with pytest.raises(ParameterError, match="no place for figures"):
         put_into("a card without marks", figures)
+
+
+def test_a_folder_without_a_card_gets_one():
+    assert "| words wrong | 1 |" in put_into(NO_CARD, table([Row("words wrong", ("1",))]))
+
+
+class Measured:
+    """Two sections; counts how often each is measured."""
+
+    def __init__(self):
+        self.count = []
+
+    def sections(self, broken=()):
+        def section(name):
+            self.count.append(name)
+            yield Row(name, ("1", ""))
+            if name in broken:
+                raise KeyboardInterrupt
+            yield Row(f"{name}, again", ("2",))
+
+        return {name: partial(section, name) for name in ("hearing", "speaking")}
+
+
+def test_what_was_measured_is_kept_and_goes_on(tmp_path):
+    measured, record = Measured(), tmp_path / "figures" / "known.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure(measured.sections(broken=("speaking",)), record)
+    rows = measure(measured.sections(), record)
+    assert measured.count == ["hearing", "speaking", "speaking"]
+    assert rows == [
+        Row("hearing", ("1", "")), Row("hearing, again", ("2",)),
+        Row("speaking", ("1", "")), Row("speaking, again", ("2",)),
+    ]  # fmt: skip
+    assert measure(measured.sections(), record) == rows
+    assert len(measured.count) == 3
+
+
+def test_a_slice_ends_between_two_measures(tmp_path, capsys):
+    measured, record = Measured(), tmp_path / "known.json"
+    with pytest.raises(SystemExit) as ended:
+        measure(measured.sections(), record, until=time.monotonic() - 1)
+    assert ended.value.code == UNFINISHED
+    assert measured.count == []
+    assert "0 of 2 measures" in capsys.readouterr().out
