@@ -39,7 +39,7 @@ from kimia.model.lm import Row, load_lm
 from kimia.model.philox import SEED_LIMIT, check_seed
 from kimia.model.preset_file import PRESET_SUFFIX, PresetFile, files_of
 from kimia.model.presets import LOW_LATENCY, UPSTREAM, Preset, find_preset, preset_of
-from kimia.model.prompt import UPSTREAM_STEPS, Encoded, Prompt, build_prompt, steps_allowed
+from kimia.model.prompt import UPSTREAM_STEPS, Encoded, Prompt, build_prompt, caller_limit, steps_allowed
 from kimia.model.sampler import Sampling
 from kimia.model.text import StreamDecoder, TextTokenizer
 
@@ -453,7 +453,15 @@ def _read(options: Options, own: Mapping[str, Preset]) -> tuple[Preset, int, int
     preset = _preset(rest.pop("preset", UPSTREAM.name), own)
     seed, limit = (_integer(name, rest.pop(name, None)) for name in ("seed", "max_new_tokens"))
     sampling = Sampling.from_arguments(rest)
-    return preset, secrets.randbelow(SEED_LIMIT) if seed is None else check_seed(seed), limit, sampling
+    return preset, secrets.randbelow(SEED_LIMIT) if seed is None else check_seed(seed), caller_limit(limit), sampling
+
+
+def check_options(**options: Unpack[Options]) -> None:
+    """Raise ParameterError for a seed, a limit or a sampling setting that no model takes, before one is loaded.
+
+    A preset is not looked at: a checkpoint may bring its own.
+    """
+    _read({**options, "preset": UPSTREAM.name}, {})
 
 
 def _integer(name: str, value: Any) -> int | None:

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     speaks = args.output == "both"
     _check_files(args, speaks)
     _check_question_stays(args, messages)
+    _check_turn(args, messages)
     model = load_model(args, load_detokenizer=speaks, text_only=not speaks)
     started = time.perf_counter()
     done, pcm = _answer(model, messages, args)
@@ -106,6 +107,19 @@ def _check_question_stays(args: argparse.Namespace, messages: list[Any]) -> None
     for path in (args.out, args.plot):
         if path is not None and path.exists() and any(isinstance(n, str) and _same(Path(n), path) for n in named):
             raise ParameterError(f"{path}: is part of the conversation; write the answer elsewhere")
+
+
+def _check_turn(args: argparse.Namespace, messages: list[Any]) -> None:
+    """Refuse settings and sound that no turn can have. Raises ParameterError or AudioError."""
+    from kimia.model.audio import MIN_RATE, load_audio
+    from kimia.pipeline import check_options
+
+    check_options(**sampling_options(args))
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        first = content[0] if isinstance(content, list) and content else content
+        if isinstance(first, str) and message.get("message_type") in ("audio", "audio-text"):
+            load_audio(first, MIN_RATE)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -64,6 +64,9 @@ def _writer(args: argparse.Namespace) -> Iterator[Writer]:
         with open_client(args, PATIENCE) as kimia:
             yield lambda file: kimia.transcribe(file, args.instruction, batch=True, **options)
         return
+    from kimia.pipeline import check_options
+
+    check_options(max_new_tokens=args.max_new_tokens)
     model = load_model(args, load_detokenizer=False, text_only=True)
     yield lambda file: model.generate(_messages(file, args.instruction), "text", **options)[1]
 

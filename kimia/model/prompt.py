@@ -149,7 +149,7 @@ def steps_allowed(
     Raises ParameterError for a `max_new_tokens` that is neither positive nor None or -1, and for another rule.
     """
     check_output_type(output_type)
-    caller = _caller_limit(max_new_tokens)
+    caller = caller_limit(max_new_tokens)
     if rule == "upstream":
         if output_type == "text" and caller is not None:
             return caller
@@ -170,7 +170,8 @@ def steps_allowed(
     return min(limits)
 
 
-def _caller_limit(max_new_tokens: int | None) -> int | None:
+def caller_limit(max_new_tokens: int | None) -> int | None:
+    """The most steps that a caller wants, None for no limit. Raises ParameterError unless positive, None or -1."""
     if max_new_tokens is None or (max_new_tokens == -1 and not isinstance(max_new_tokens, bool)):
         return None
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:

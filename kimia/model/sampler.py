@@ -91,7 +91,10 @@ class Sampling:
             if name not in names:
                 raise ParameterError(f"unknown sampling parameter {name!r}; there are {', '.join(sorted(names))}")
             track, field = names[name]
-            tracks[track] = replace(tracks[track], **{field: value})
+            try:
+                tracks[track] = replace(tracks[track], **{field: value})
+            except ParameterError as error:
+                raise ParameterError(f"{track}_{error}") from error
         return cls(**tracks)
 
 

@@ -83,6 +83,10 @@ def test_draws_the_answer(tiny, tmp_path, ending) -> None:
         (("--text", "x", "--output", "text", "--out", "answer.wav"), "--output text"),
         (("--audio", QUESTION, "--out", QUESTION), "part of the conversation"),
         (("--text", "x", "--out", "/dev/null.wav/answer.wav"), "does not exist"),
+        (("--text", "x", "--seed", "-1"), "seed must be"),
+        (("--text", "x", "--audio-temperature", "-1"), "audio_temperature"),
+        (("--audio", "missing.wav"), "missing.wav: cannot be opened"),
+        (("--audio", str(COMMITTED / "README.md")), "is not audio"),
     ],
 )
 def test_refused_before_the_model_is_loaded(arguments, complaint, capsys) -> None:

@@ -65,6 +65,13 @@ def heard(words: str) -> list:
     return [started(), text(0, words), done(words)]
 
 
+def test_a_limit_that_no_transcript_has_is_refused_before_the_model_is_loaded(capsys) -> None:
+    assert main(["transcribe", "--model", "no-such-model", "--max-new-tokens", "0", CLIPS[0]]) == 1
+    captured = capsys.readouterr()
+    assert "max_new_tokens must be a positive integer" in captured.err
+    assert "loading" not in captured.err
+
+
 def test_a_service_transcribes(scripted, capsys) -> None:
     scripted.generate = [heard("one"), heard("two")]
     assert ask(scripted, "--max-new-tokens", "8", *CLIPS) == 0
