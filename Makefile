@@ -84,6 +84,7 @@ check: $(STAMP)  ## format, lint, types, import rules, dead code, the contract
 	$(BIN)/buf breaking proto --against proto/released.binpb
 	$(BIN)/python -m pytest -q tests/test_contract.py
 
+proto: export PATH := $(CURDIR)/$(BIN):$(PATH)  # where protoc looks for its plugins
 proto: $(STAMP)  ## generate kimia/v1 from proto/kimia/v1
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=quiet:. proto/kimia/v1/*.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --grpc_python_out=. --mypy_grpc_out=quiet:. \

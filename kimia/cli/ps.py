@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def look(url: str, partitions: int) -> list[StageLine]:
-    """All stages, in the order of the route. Raises UnavailableError."""
+    """All stages, in the order of the route. Raises UnavailableError, and SettingsError for wrong partitions."""
     try:
         from kimia.streams.jobs import Jobs
         from kimia.streams.ledger import Ledger
@@ -88,6 +88,7 @@ async def look(url: str, partitions: int) -> list[StageLine]:
         raise UnavailableError("kimia ps needs the Redis client: pip install 'kimia[serve]'") from error
     wire = await Wire.connect(url, options=WireOptions(partitions=partitions))
     try:
+        await wire.check_partitions()
         usage = await Ledger(wire).usage()
         depths = {name: await Jobs(wire, kind, "ps").depth() for name, kind in STAGES.items()}
     finally:

@@ -5,7 +5,8 @@
     {"role": "assistant", "message_type": "audio-text", "content": ["answer.wav", "Gladly."]}
     {"role": "assistant", "message_type": "audio-text", "codes": [...], "text_tokens": [...]}
 
-Audio is a path, the bytes of a WAV, FLAC or OGG file, or (bytes of signed 16-bit little-endian samples, rate in Hz).
+Audio is a path, the bytes of a WAV, FLAC, OGG or MP3 file, or (bytes of signed 16-bit little-endian samples, rate in
+Hz).
 `codes` are semantic tokens without the model's token offset; `audio_tokens`, which include it, are refused, since a
 client does not know it. What depends on the model (ranges of ids, lengths) the service checks.
 """

@@ -364,17 +364,27 @@ def checkpoint_name(stage: Stage, settings: Settings) -> str:
 
 
 async def connect(settings: Settings) -> Wire:
-    """Reach Redis, trying again until it is there."""
-    from kimia.streams.wire import Wire
-
+    """Reach Redis, trying again until it is there. Raises SettingsError where others use it with other partitions."""
     pause = FIRST_RETRY_SECONDS
     while True:
         try:
-            return await Wire.connect(settings.redis_url, settings.blob_url or None, settings.wire_options())
+            return await _agreed(settings)
         except UnavailableError as error:
             log.warning("waiting for redis", error=str(error), retry_seconds=pause)
         await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+
+
+async def _agreed(settings: Settings) -> Wire:
+    from kimia.streams.wire import Wire
+
+    wire = await Wire.connect(settings.redis_url, settings.blob_url or None, settings.wire_options())
+    try:
+        await wire.agree()
+    except BaseException:
+        await wire.aclose()
+        raise
+    return wire
 
 
 async def in_thread(work: Callable[[], T]) -> T:

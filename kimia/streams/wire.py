@@ -12,12 +12,14 @@ from typing import Any, Self, TypeAlias
 import redis.asyncio as redis
 from redis.exceptions import NoScriptError, RedisError
 
-from kimia.streams import connections
+from kimia.errors import SettingsError
+from kimia.streams import connections, keys
 from kimia.streams.connections import reached
-from kimia.streams.keys import all_partitions
 
 Argument: TypeAlias = str | bytes | int | float
 Call: TypeAlias = tuple[Sequence[str], Sequence[Argument]]  # keys, arguments
+
+PARTITIONS = keys.ledger("partitions")  # string: how many the journal is used with
 
 # Scripts that end or free something, or say that it lives: they run also when the server's memory is full.
 FREEING = frozenset({"delete", "drop", "finish", "heartbeat", "leave", "ledger_renew", "release"})
@@ -63,7 +65,7 @@ class Wire:
     @property
     def partitions(self) -> tuple[str, ...]:
         """The hash tags of all partitions."""
-        return all_partitions(self.options.partitions)
+        return keys.all_partitions(self.options.partitions)
 
     def blocking(self) -> redis.Redis:
         """A client of the journal for one blocked read at a time. Closed by `aclose`."""
@@ -94,6 +96,28 @@ class Wire:
                 with reached("journal"):
                     raise answer
         return answers
+
+    async def agree(self) -> None:
+        """Use the journal with as many partitions as whoever came first; say how many where nobody has.
+
+        With another number, turns of some would lie where others never look. Raises SettingsError for that,
+        UnavailableError.
+        """
+        if not await self.check_partitions():
+            with reached("journal"):
+                await execute(self.journal, "SET", PARTITIONS, self.options.partitions, "NX")
+            await self.check_partitions()  # somebody else may have come between the two
+
+    async def check_partitions(self) -> bool:
+        """Is it known how many partitions the journal is used with? Raises SettingsError where it is another number."""
+        with reached("journal"):
+            known = await execute(self.journal, "GET", PARTITIONS)
+        if known is not None and int(known) != self.options.partitions:
+            raise SettingsError(
+                f"the journal is used with {int(known)} partitions, not with {self.options.partitions}: set "
+                f"KIMIA_PARTITIONS={int(known)}, as elsewhere (to change it, stop all and delete {PARTITIONS})"
+            )
+        return known is not None
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -36,7 +36,7 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     ENCODING_ALAW: _Encoding.ValueType  # 4
     """G.711 A-law, 8 bits per sample, mono."""
     ENCODING_FILE: _Encoding.ValueType  # 5
-    """A whole WAV, FLAC or OGG file; its header says rate and channels. Input of Generate only."""
+    """A whole WAV, FLAC, OGG or MP3 file; its header says rate and channels. Input of Generate only."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How samples are written down."""
@@ -52,7 +52,7 @@ ENCODING_MULAW: Encoding.ValueType  # 3
 ENCODING_ALAW: Encoding.ValueType  # 4
 """G.711 A-law, 8 bits per sample, mono."""
 ENCODING_FILE: Encoding.ValueType  # 5
-"""A whole WAV, FLAC or OGG file; its header says rate and channels. Input of Generate only."""
+"""A whole WAV, FLAC, OGG or MP3 file; its header says rate and channels. Input of Generate only."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final

@@ -9,7 +9,7 @@ from kimia.cli import main
 from kimia.cli.ps import StageLine, look, table
 from kimia.stage import DETOKENIZER, LLM, TOKENIZER
 from kimia.streams.ledger import Ledger
-from kimia.streams.wire import Wire
+from kimia.streams.wire import Wire, WireOptions
 
 pytestmark = pytest.mark.unit
 
@@ -49,6 +49,15 @@ async def test_the_command(valkey_url, capsys) -> None:
 async def test_a_stage_without_worker_is_a_failure(valkey_url, capsys) -> None:
     assert await asyncio.to_thread(main, ["ps", "--redis", valkey_url]) == 1
     assert "no live worker: tokenizer, llm, detokenizer" in capsys.readouterr().out
+
+
+async def test_other_partitions_than_the_service_has_are_refused(valkey_url, capsys) -> None:
+    """Of a service of sixteen, a look at the first alone would show empty queues."""
+    wire = await Wire.connect(valkey_url, options=WireOptions(partitions=16))
+    await wire.agree()
+    await wire.aclose()
+    assert await asyncio.to_thread(main, ["ps", "--redis", valkey_url]) == 1
+    assert "used with 16 partitions, not with 1" in capsys.readouterr().err
 
 
 def test_nobody_answers(capsys) -> None:

@@ -20,7 +20,7 @@ from kimia.runtime.service import StageService, checkpoint_name, consumer_name, 
 from kimia.runtime.settings import Settings
 from kimia.stage import DETOKENIZER, LLM
 from kimia.streams.ledger import Ledger
-from kimia.streams.wire import Wire
+from kimia.streams.wire import Wire, WireOptions
 from kimia.v1.stages_pb2 import SynthesizeRequest
 from kimia.v1.stages_pb2_grpc import DetokenizerStub
 from kimia.v1.turn_pb2 import Chunk, Step, Turn
@@ -226,6 +226,16 @@ async def test_a_stage_with_redis_joins_the_pipeline_and_leaves_it(tmp_path, val
         assert await task == 0
     usage = (await ledger.usage())["detokenizer"]
     assert (usage.capacity, usage.reserved) == (0, 0)
+    await wire.aclose()
+
+
+async def test_a_stage_with_other_partitions_than_the_others_does_not_start(tmp_path, valkey_url):
+    wire = await Wire.connect(valkey_url, options=WireOptions(partitions=16))
+    await wire.agree()
+    service = StageService(lambda _: FakeDetokenizer(), DETOKENIZER, Settings(redis_url=valkey_url))
+    async with living(service, tmp_path) as (task, _, _):
+        with pytest.raises(SettingsError, match="used with 16 partitions, not with 1"):
+            await task
     await wire.aclose()
 
 
