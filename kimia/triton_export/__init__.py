@@ -88,18 +88,21 @@ def export(
     """Write the repository into `folder`; the folders of its models.
 
     `dtype` is that of the continuous features, the rest computes in float32. Raises CheckpointError for a checkpoint
-    that cannot be used, ParameterError where a model is there already.
+    that cannot be used, ParameterError where a model is there already or nothing can be written.
     """
     models = exported_models(checkpoint)
     made = [folder / model.hosted.name for model in models]
     for path in made:
         if path.exists():
             raise ParameterError(f"{path}: there already; name another folder, or remove it to export anew")
-    for path, model in zip(made, models, strict=True):
-        config = _config(model, checkpoint, device, dtype, batching)
-        (path / "1").mkdir(parents=True)
-        (path / "1" / "model.py").write_text(MODEL_PY.format(kind=model.kind), encoding="utf-8")
-        (path / "config.pbtxt").write_text(config, encoding="utf-8")
+    try:
+        for path, model in zip(made, models, strict=True):
+            config = _config(model, checkpoint, device, dtype, batching)
+            (path / "1").mkdir(parents=True)
+            (path / "1" / "model.py").write_text(MODEL_PY.format(kind=model.kind), encoding="utf-8")
+            (path / "config.pbtxt").write_text(config, encoding="utf-8")
+    except OSError as error:
+        raise ParameterError(f"{folder}: no model repository can be written there ({error.strerror})") from error
     return made
 
 

@@ -54,6 +54,12 @@ def test_what_is_there_is_never_touched(tiny, tmp_path) -> None:
         export(open_checkpoint(tiny), tmp_path, CPU, torch.float32, Batching())
 
 
+def test_a_file_is_no_place_for_a_repository(tiny, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ParameterError, match=r"file: no model repository can be written there \(Not a directory\)"):
+        export(open_checkpoint(tiny), tmp_path / "file", CPU, torch.float32, Batching())
+
+
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"delay_microseconds": -1}])
 def test_impossible_batches(wrong) -> None:
     with pytest.raises(ParameterError, match="at least one row"):
