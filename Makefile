@@ -71,7 +71,7 @@ $(TRAINED): $(STAMP)
 	$(BIN)/pip install --constraint constraints.txt --editable '.[training]'
 	@touch $@
 
-micro: | $(TRAINED)  ## the micro checkpoint from nothing: speech, every trainer, the card's figures; hours on two cores. SLICE=480 ends in 8 minutes and goes on when called again
+micro: | $(TRAINED)  ## the micro checkpoint from nothing: speech, every trainer, the card's figures; hours on two cores. SLICE=480 trains for 8 minutes and goes on when called again
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.micro --folder $(MICRO) $(if $(SLICE),--seconds $(SLICE))
 
 check: $(STAMP)  ## format, lint, types, import rules, dead code, the contract
@@ -84,7 +84,8 @@ check: $(STAMP)  ## format, lint, types, import rules, dead code, the contract
 	$(BIN)/buf breaking proto --against proto/released.binpb
 	$(BIN)/python -m pytest -q tests/test_contract.py
 
-proto: export PATH := $(CURDIR)/$(BIN):$(PATH)  # where protoc looks for its plugins
+# protoc looks for its plugins there
+proto: export PATH := $(CURDIR)/$(BIN):$(PATH)
 proto: $(STAMP)  ## generate kimia/v1 from proto/kimia/v1
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --mypy_out=quiet:. proto/kimia/v1/*.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --grpc_python_out=. --mypy_grpc_out=quiet:. \

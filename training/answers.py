@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,44 +126,63 @@ class Exam:
     items: int
     listen: int
     workers: int = 0
+    _calls_told: dict[Line, list[list[Told]]] = field(default_factory=dict, init=False)
 
     def sections(self) -> dict[str, Section]:
         """All measures, by what is measured together."""
         found: dict[str, Section] = {}
         for name, line in LINES.items():
             found |= {
-                f"transcription{name}": partial(self._each, f"transcription{name}: words wrong", transcribe, line),
+                f"transcription{name}": self._each(f"transcription{name}: words wrong", words_wrong, transcribe, line),
                 f"calls{name}": partial(self._calls, name, line),
-                f"memory{name}": partial(self._each, f"memory over turns{name}: answers wrong", recall, line),
+                f"memory{name}": self._each(f"memory over turns{name}: answers wrong", answers_wrong, recall, line),
                 f"sounds{name}": partial(self._sounds, name, line),
             }
+        for preset in PRESETS.values():
+            found[f"calls, {preset.name}"] = partial(self._heard_calls, preset)
+            found[f"say, {preset.name}"] = partial(self._say, preset)
         for task, what in ((question, "what a caller wants"), (caption, "captions"), (style, "style of speaking")):
-            found[what] = partial(self._each, f"{what}: answers wrong", task, direct)
-        return found | {f"say, {preset.name}": partial(self._say, preset) for preset in PRESETS.values()}
+            found[what] = self._each(f"{what}: answers wrong", answers_wrong, task, direct)
+        return found
+
+    def _each(self, measure: str, wrong: Callable[[Sequence[Told]], ErrorRate], task: Task, line: Line) -> Section:
+        """A task in the voices of every group."""
+
+        def section() -> Iterator[Row]:
+            yield Row(measure, tuple(str(wrong(self._told(task, voices, line))) for voices in VOICES.values()))
+
+        return section
 
     def _sounds(self, name: str, line: Line) -> Iterator[Row]:
         wrong = answers_wrong(self._told(name_sound, (SPEAKER,), line))
         yield Row(f"sound events{name}: answers wrong", (str(wrong), "", ""))
 
     def _calls(self, name: str, line: Line) -> Iterator[Row]:
-        """Spoken answers to single questions; as text, and as they sound."""
-        groups = [self._told(one_call, voices, line) for voices in VOICES.values()]
+        """Answers to single questions, as text."""
+        groups = self._answered(line)
         yield Row(f"calls{name}: intents wrong, as written", tuple(str(intents_wrong(told)) for told in groups))
         yield Row(f"calls{name}: answers wrong, as written", tuple(str(answers_wrong(told)) for told in groups))
-        if line is not direct:
-            return
-        for preset in PRESETS.values():
-            heard = [self._heard(told[: self.listen], preset) for told in groups]
-            own = [[one.text for one in told[: self.listen]] for told in groups]
-            wanted = [[one.wanted for one in told[: self.listen]] for told in groups]
-            yield Row(
-                f"calls, {preset.name}: words heard that are not in the answer's text",
-                tuple(str(errors(*pair, words=True)) for pair in zip(own, heard, strict=True)),
-            )
-            yield Row(
-                f"calls, {preset.name}: intents wrong, as heard",
-                tuple(str(errors(*map(intents, pair))) for pair in zip(wanted, heard, strict=True)),
-            )
+
+    def _heard_calls(self, preset: Preset) -> Iterator[Row]:
+        """The same answers, as they sound."""
+        groups = [told[: self.listen] for told in self._answered(direct)]
+        heard = [self._heard(told, preset) for told in groups]
+        own = [[one.text for one in told] for told in groups]
+        wanted = [[one.wanted for one in told] for told in groups]
+        yield Row(
+            f"calls, {preset.name}: words heard that are not in the answer's text",
+            tuple(str(errors(*pair, words=True)) for pair in zip(own, heard, strict=True)),
+        )
+        yield Row(
+            f"calls, {preset.name}: intents wrong, as heard",
+            tuple(str(errors(*map(intents, pair))) for pair in zip(wanted, heard, strict=True)),
+        )
+
+    def _answered(self, line: Line) -> list[list[Told]]:
+        """Answers to single questions by group of voices; asked once."""
+        if line not in self._calls_told:
+            self._calls_told[line] = [self._told(one_call, voices, line) for voices in VOICES.values()]
+        return self._calls_told[line]
 
     def _say(self, preset: Preset) -> Iterator[Row]:
         """Texts that are to be spoken."""
@@ -181,10 +200,6 @@ class Exam:
 
     def _said(self, texts: Sequence[str], preset: Preset) -> list[str]:
         return self._made("say", len(texts), lambda index: transcript(self.shop.said(texts[index], preset)))
-
-    def _each(self, measure: str, task: Task, line: Line) -> Iterator[Row]:
-        wrong = words_wrong if task is transcribe else answers_wrong
-        yield Row(measure, tuple(str(wrong(self._told(task, voices, line))) for voices in VOICES.values()))
 
     def _told(self, task: Task, voices: Sequence[Voice], line: Line) -> list[Told]:
         """Held-out examples in these voices with their answers; the same examples for every checkpoint and line."""

@@ -5,13 +5,15 @@
 A part that is not there yet has no rows. The table is printed, and put into the card between its marks. Nothing here
 has seen a held-out text; strangers are voices that nothing was trained on.
 
-What was found is kept beside the corpus, for these weights and numbers of items: the same command goes on where it was
-broken off, or where its `--seconds` were over.
+What was found is kept beside the corpus, for this checkpoint, these test texts and numbers of items: the same command
+goes on where it was broken off, or where its `--seconds` were over. A measure is taken whole. Where the code that
+measures has changed, delete CORPUS/figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -27,7 +29,6 @@ from kimia.errors import ParameterError
 from kimia.model.bigvgan import load_vocoder
 from kimia.model.checkpoint import ARCHIVE, SHARD_INDEX, SINGLE_FILE, Checkpoint, open_checkpoint
 from kimia.model.detokenize import Detokenizer
-from kimia.model.fingerprint import fingerprint
 from kimia.model.presets import PRESETS, Preset
 from kimia.model.writing import whole_file
 from training import encoders
@@ -37,7 +38,7 @@ from training.augment import CALLER, augmented
 from training.codebook import Recipe
 from training.codebook import judge as judge_codes
 from training.config import MicroConfigs, trainer_configs
-from training.corpus import GROUPS, Clip, held_out
+from training.corpus import GROUPS, LIST, Clip, held_out
 from training.encoders import EncoderTraining, name_event, read_encoder
 from training.hearing import Hearing
 from training.listening import griffin_lim, transcript
@@ -197,7 +198,16 @@ def measure(sections: Mapping[str, Section], record: Path, until: float = math.i
         record.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(record) as partial:
             partial.write_text(json.dumps(known), encoding="utf-8")
-    return [Row(measure, tuple(cells)) for name in sections for measure, cells in known[name]]
+    return [Row(row[0], tuple(row[1])) for name in sections for row in known[name]]
+
+
+def record_of(checkpoint: Path, corpus: Path, *numbers: int) -> Path:
+    """Where the figures of a checkpoint are kept: another file for other weights, test texts or numbers of items."""
+    digest = hashlib.sha256(repr(numbers).encode())
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != CARD)
+    for path in (corpus / LIST, *sorted(files)):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return corpus / FOLDER / f"{digest.hexdigest()[:16]}.json"
 
 
 def main() -> None:
@@ -206,19 +216,20 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=200, help="clips of each group")
-    parser.add_argument("--listen", type=int, default=100, help="clips that the judge listens to")
+    parser.add_argument("--listen", type=int, default=200, help="clips that the judge listens to")
     add_slice(parser, workers=cores())
     options = parser.parse_args()
     until = deadline(options)
     clips = {group: held_out(options.corpus, group, options.limit) for group in GROUPS}
     opened = open_checkpoint(options.checkpoint)
     subject = Subject(opened, trainer_configs(), clips, options.listen, options.corpus, options.workers)
-    parts = (opened.root, opened.whisper, opened.vq_tokenizer, opened.flow, opened.vocoder)
-    known = fingerprint(parts, f"{options.limit} clips", f"{options.listen} heard")
-    figures = table(measure(subject.sections(), options.corpus / FOLDER / f"{known}.json", until))
+    record = record_of(options.checkpoint, options.corpus, options.limit, options.listen)
+    figures = table(measure(subject.sections(), record, until))
     print(figures)
     card = options.checkpoint / CARD
-    card.write_text(put_into(card.read_text("utf-8") if card.exists() else NO_CARD, figures), encoding="utf-8")
+    before = card.read_text("utf-8") if card.exists() else NO_CARD
+    with whole_file(card) as partial:
+        partial.write_text(put_into(before, figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

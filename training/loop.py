@@ -227,7 +227,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def multiplies_bfloat16() -> bool:
-    """Has the processor products of bfloat16? With AMX's tiles a step takes a third of the time, with AVX-512's two."""
+    """Has the processor products of bfloat16? A step takes a third of the time with AMX, two thirds with AVX-512."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import queue
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import corpus, evaluate, states
+from training import corpus, states
 from training.ahead import cores
 from training.options import UNFINISHED
 from training.progress import LINE
@@ -40,12 +39,12 @@ class Stage:
 
     name: str  # of the module
     arguments: Sequence[object]
-    finished: Path  # is there when nothing is left to do
+    finished: Path | None  # is there when nothing is left to do; None: the command itself knows what is left
     after: Sequence[str] = ()  # names of the stages that it learns from
 
 
 def stages(folder: Path) -> list[Stage]:
-    """What is trained below a folder; of stages that could begin, the first goes first."""
+    """What is trained below a folder; in the order in which those begin that could: the longest way first."""
     sound, checkpoint, study = folder / "corpus", folder / "checkpoint", folder / "study"
     lane = ("--workers", max(0, cores() // LANES - 1))  # processes beside the trainer itself
 
@@ -60,14 +59,9 @@ def stages(folder: Path) -> list[Stage]:
         trainer("encoders", "encoder", ("states",)),
         trainer("vq", "vq", ("study", "encoders"), "--study", study),
         trainer("vocoder", "vocoder", ("corpus",)),
-        trainer("flow", "flow", ("vq",)),
         trainer("language_model", "language_model", ("vq",)),
-        Stage(
-            "evaluate",
-            ("--corpus", sound, "--checkpoint", checkpoint),
-            sound / evaluate.FOLDER / FINISHED,
-            ("vocoder", "flow", "language_model"),
-        ),
+        trainer("flow", "flow", ("vq",)),
+        Stage("evaluate", ("--corpus", sound, "--checkpoint", checkpoint), None, ("vocoder", "language_model", "flow")),
     ]
 
 
@@ -79,56 +73,40 @@ def _run(name: str, arguments: Sequence[object], lane: int) -> int:
 def rebuild(folder: Path, seconds: float, run: Run = _run) -> int:
     """Run every stage that is not finished, for so many seconds. The exit code; 0 when a slice is over."""
     until = time.monotonic() + seconds - (RESERVE if math.isfinite(seconds) else 0.0)
-    codes = _Lanes(run, until).run(stages(folder))
-    for name, code in codes.items():
-        if code == UNFINISHED:
-            print(f"The slice is over in stage {name}; what was done is kept. The same command goes on.")
-        elif code:
-            print(f"Stage {name} failed: see above. The same command goes on from the last state that was kept.")
+    codes = _run_all(stages(folder), until, run)
     if not any(codes.values()):
         print(f"All is trained and measured: {folder / 'checkpoint'}")
     return next((code for code in codes.values() if code not in (0, UNFINISHED)), 0)
 
 
-class _Lanes:
-    """Stages that run beside each other until a time."""
+def _run_all(wanted: Sequence[Stage], until: float, run: Run) -> dict[str, int]:
+    """Exit codes of the stages that could begin, by name; 0 also for those that had ended before."""
+    codes = {stage.name: 0 for stage in wanted if stage.finished and stage.finished.exists()}
+    running: dict[Future[int], tuple[Stage, int]] = {}
+    with ThreadPoolExecutor(LANES) as pool:
+        while True:
+            begun = {*codes, *(stage.name for stage, _ in running.values())}
+            could = [one for one in wanted if one.name not in begun and all(codes.get(name) == 0 for name in one.after)]
+            free = set(range(LANES)) - {lane for _, lane in running.values()}
+            for stage, lane in zip(could, free, strict=False):
+                running[pool.submit(_run_one, stage, until, lane, run)] = stage, lane
+            if not running:
+                return codes
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                stage, _ = running.pop(done)
+                codes[stage.name] = done.result()
 
-    def __init__(self, run: Run, until: float) -> None:
-        self._run, self._until = run, until
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for lane in range(LANES):
-            self._free.put(lane)
 
-    def run(self, wanted: Sequence[Stage]) -> dict[str, int]:
-        """Exit codes of the stages that could begin, by name; 0 also for those that had ended before."""
-        codes = {stage.name: 0 for stage in wanted if stage.finished.exists()}
-        running: dict[Future[int], Stage] = {}
-        with ThreadPoolExecutor(LANES) as lanes:
-            while True:
-                begun = {*codes, *(stage.name for stage in running.values())}
-                ready = [
-                    stage
-                    for stage in wanted
-                    if stage.name not in begun and all(codes.get(before) == 0 for before in stage.after)
-                ]
-                for stage in ready[: LANES - len(running)]:
-                    running[lanes.submit(self._stage, stage)] = stage
-                if not running:
-                    return codes
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    stage = running.pop(done)
-                    codes[stage.name] = done.result()
-
-    def _stage(self, stage: Stage) -> int:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            return UNFINISHED
-        lane = self._free.get()
-        code = self._run(stage.name, (*stage.arguments, "--seconds", left), lane)
-        self._free.put(lane)
-        if code == 0:
-            stage.finished.touch()
-        return code
+def _run_one(stage: Stage, until: float, lane: int, run: Run) -> int:
+    left = until - time.monotonic()
+    code = run(stage.name, (*stage.arguments, "--seconds", left), lane) if left > 0 else UNFINISHED
+    if code == UNFINISHED:
+        print(f"The slice is over in stage {stage.name}; what was done is kept. The same command goes on.")
+    elif code:
+        print(f"Stage {stage.name} failed: see above. The same command goes on from the last state that was kept.")
+    elif stage.finished:
+        stage.finished.touch()
+    return code
 
 
 def main() -> None:

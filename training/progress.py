@@ -8,9 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-LINE = "KIMIA_TRAINING_LINE"  # of the terminal that a stage's bar is drawn on, set by `training.micro`
+LINE = "KIMIA_TRAINING_LINE"  # of the terminal that a stage's bars are drawn on, set by `training.micro`
 
 
 def bar(things: Iterable[Any] | None = None, **words: Any) -> tqdm[Any]:
     """A progress bar over things, on a line of the stage's own; none where no terminal looks on. Words are tqdm's."""
-    return tqdm(things, **{"disable": None, "position": int(os.environ.get(LINE, "0")), **words})
+    line = {"position": int(os.environ[LINE]), "leave": False} if LINE in os.environ else {}
+    return tqdm(things, **{"disable": None, **line, **words})

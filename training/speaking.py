@@ -29,7 +29,7 @@ from training.voices import HEARING_RATE, SPEAKER, SPEECH_RATE
 
 FRAMES_PER_TOKEN = 4
 NEIGHBOURS = 64  # clips of like length that a batch is drawn from
-PLACES = 6  # inside a token, where clips that are coded begin; no multiple of a frame's, which would be heard as one
+PLACES = 6  # inside a token, where clips that are coded begin: 320 samples apart, most of them between mel frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,9 @@ class Speaking:
         if (clip, offset) not in self._kept:
             heard = soxr.resample(samples, SPEECH_RATE, HEARING_RATE, quality="HQ")
             self._kept[clip, offset] = self.tokenizer.encode([heard])[0]
-        return Spoken(self._kept[clip, offset], mel, wave)
+        return Spoken(
+            self._kept[clip, offset].clone(), mel, wave
+        )  # a tensor that is sent keeps a file open while it lives
 
     def _offset(self, rng: random.Random) -> int:
         places = PLACES if self.tokenizer is not None else TOKEN_SAMPLES

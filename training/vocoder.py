@@ -156,7 +156,7 @@ def read_vocoder(root: Path, training: VocoderTraining) -> None:
 
 def main() -> None:
     """Train the vocoder on the speaking voice."""
-    options = trainer_parser(main.__doc__, steps=6000, batch=8, rate=4e-4).parse_args()
+    options = trainer_parser(main.__doc__, steps=4500, batch=8, rate=4e-4).parse_args()
     configs = trainer_configs()
     clips = load_clips(options.corpus, "train", SPEAKER.name)
     speaking = Speaking(clips, None, configs.flow, configs.vocoder, seed=4)

@@ -116,10 +116,11 @@ def _check_turn(args: argparse.Namespace, messages: list[Any]) -> None:
 
     check_options(**sampling_options(args))
     for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        first = content[0] if isinstance(content, list) and content else content
-        if isinstance(first, str) and message.get("message_type") in ("audio", "audio-text"):
-            load_audio(first, MIN_RATE)
+        match message:
+            case {"message_type": "audio", "content": str(path)}:
+                load_audio(path, MIN_RATE)
+            case {"message_type": "audio-text", "content": [str(path), *_]} if "audio_tokens" not in message:
+                load_audio(path, MIN_RATE)
 
 
 def _same(one: Path, other: Path) -> bool:

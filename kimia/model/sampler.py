@@ -94,7 +94,7 @@ class Sampling:
             try:
                 tracks[track] = replace(tracks[track], **{field: value})
             except ParameterError as error:
-                raise ParameterError(f"{track}_{error}") from error
+                raise ParameterError(name + str(error).removeprefix(field)) from error
         return cls(**tracks)
 
 

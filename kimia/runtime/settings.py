@@ -42,7 +42,7 @@ class Settings(BaseSettings):
         1,
         ge=1,
         le=keys.MOST_PARTITIONS,
-        description="Partitions of sessions, 16 or more on a cluster; the same in every process, for good",
+        description="Partitions of sessions, 16 or more on a cluster; the same in every process",
     )
     lease_seconds: float = Field(1.6, gt=0, description="Silence of a worker after which others take its turns over")
     turn_ttl_seconds: float = Field(900.0, gt=0, description="Life of a turn's keys after its last write")

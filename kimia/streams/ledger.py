@@ -18,7 +18,7 @@ from typing import Final
 from kimia.errors import CapacityError, SettingsError
 from kimia.stage import STAGES, StageKind
 from kimia.streams import keys
-from kimia.streams.wire import Argument, Wire
+from kimia.streams.wire import PARTITIONS, Argument, Wire
 
 RELEASE_WINDOW: Final = 30.0  # seconds over which releases are counted
 SHORTEST_RETRY: Final = 0.5  # seconds
@@ -56,8 +56,10 @@ class Ledger:
         Raises SettingsError beside a live worker whose weights are quantised otherwise, which both names say: the turns
         of one could not go on in the other.
         """
-        life = _milliseconds(self.announced_seconds)
-        unlike = await self._wire.call("ledger_announce", [_workers(kind)], [worker, rows, used, life])
+        life, partitions = _milliseconds(self.announced_seconds), self._wire.options.partitions
+        unlike = await self._wire.call(
+            "ledger_announce", [_workers(kind), PARTITIONS], [worker, rows, used, life, partitions]
+        )
         if unlike:
             raise SettingsError(
                 f"{worker} cannot serve beside {unlike.decode()}: a turn that changes hands goes on as it would have "

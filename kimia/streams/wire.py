@@ -22,7 +22,7 @@ Call: TypeAlias = tuple[Sequence[str], Sequence[Argument]]  # keys, arguments
 PARTITIONS = keys.ledger("partitions")  # string: how many the journal is used with
 
 # Scripts that end or free something, or say that it lives: they run also when the server's memory is full.
-FREEING = frozenset({"delete", "drop", "finish", "heartbeat", "leave", "ledger_renew", "release"})
+FREEING = frozenset({"delete", "drop", "finish", "heartbeat", "leave", "ledger_partitions", "ledger_renew", "release"})
 
 
 @dataclass(frozen=True)
@@ -98,26 +98,24 @@ class Wire:
         return answers
 
     async def agree(self) -> None:
-        """Use the journal with as many partitions as whoever came first; say how many where nobody has.
+        """Use the journal with as many partitions as whoever came first, or be the first.
 
         With another number, turns of some would lie where others never look. Raises SettingsError for that,
         UnavailableError.
         """
-        if not await self.check_partitions():
-            with reached("journal"):
-                await execute(self.journal, "SET", PARTITIONS, self.options.partitions, "NX")
-            await self.check_partitions()  # somebody else may have come between the two
+        await self._check_partitions([self.options.partitions])
 
-    async def check_partitions(self) -> bool:
-        """Is it known how many partitions the journal is used with? Raises SettingsError where it is another number."""
-        with reached("journal"):
-            known = await execute(self.journal, "GET", PARTITIONS)
+    async def check_partitions(self) -> None:
+        """Raise SettingsError where the journal is known to be used with another number of partitions."""
+        await self._check_partitions([])
+
+    async def _check_partitions(self, mine: Sequence[Argument]) -> None:
+        known = await self.call("ledger_partitions", [PARTITIONS], mine)
         if known is not None and int(known) != self.options.partitions:
             raise SettingsError(
-                f"the journal is used with {int(known)} partitions, not with {self.options.partitions}: set "
-                f"KIMIA_PARTITIONS={int(known)}, as elsewhere (to change it, stop all and delete {PARTITIONS})"
+                f"the journal is used with {int(known)} partitions, not with {self.options.partitions}: say "
+                f"{int(known)} by KIMIA_PARTITIONS, as elsewhere (to change it, stop all and delete {PARTITIONS})"
             )
-        return known is not None
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -22,6 +22,7 @@ from kimia.hosting import FINGERPRINT, VQ, HostedModel, HostedTensor, vocoder_mo
 from kimia.model.checkpoint import Checkpoint
 from kimia.model.config import LMConfig, VocoderConfig
 from kimia.model.fingerprint import fingerprint
+from kimia.model.writing import whole_folder
 
 DATATYPES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 
@@ -88,21 +89,19 @@ def export(
     """Write the repository into `folder`; the folders of its models.
 
     `dtype` is that of the continuous features, the rest computes in float32. Raises CheckpointError for a checkpoint
-    that cannot be used, ParameterError where a model is there already or nothing can be written.
+    that cannot be used and where nothing can be written, ParameterError where a model is there already.
     """
     models = exported_models(checkpoint)
     made = [folder / model.hosted.name for model in models]
     for path in made:
         if path.exists():
             raise ParameterError(f"{path}: there already; name another folder, or remove it to export anew")
-    try:
-        for path, model in zip(made, models, strict=True):
-            config = _config(model, checkpoint, device, dtype, batching)
-            (path / "1").mkdir(parents=True)
-            (path / "1" / "model.py").write_text(MODEL_PY.format(kind=model.kind), encoding="utf-8")
-            (path / "config.pbtxt").write_text(config, encoding="utf-8")
-    except OSError as error:
-        raise ParameterError(f"{folder}: no model repository can be written there ({error.strerror})") from error
+    for path, model in zip(made, models, strict=True):
+        config = _config(model, checkpoint, device, dtype, batching)
+        with whole_folder(path) as partial:
+            (partial / "1").mkdir()
+            (partial / "1" / "model.py").write_text(MODEL_PY.format(kind=model.kind), encoding="utf-8")
+            (partial / "config.pbtxt").write_text(config, encoding="utf-8")
     return made
 
 

@@ -48,6 +48,16 @@ def test_json_holds_the_answer_and_a_message_for_the_next_turn(tiny, tmp_path, c
     assert run(tiny, tmp_path / "chat.json", "--output", "text", "--max-new-tokens", "5") == 0
 
 
+def test_sound_that_is_not_needed_is_not_looked_for(tiny, tmp_path) -> None:
+    history = {"role": "assistant", "message_type": "audio-text", "content": ["gone.wav", "Gladly."]}
+    ids = {"audio_tokens": [900], "text_tokens": [7]}
+    question = {"role": "user", "message_type": "text", "content": "And then?"}
+    (tmp_path / "chat.json").write_text(json.dumps([{**question}, {**history, **ids}, question]))
+    assert run(tiny, tmp_path / "chat.json", "--output", "text", "--max-new-tokens", "3") == 0
+    (tmp_path / "chat.json").write_text(json.dumps([question, history, question]))
+    assert run("no-such-model", tmp_path / "chat.json") == 1
+
+
 def test_messages_keep_the_order_of_the_command_line(tiny, capsys) -> None:
     answers = []
     for arguments in (("--text", "Compare", "--audio", QUESTION), ("--audio", QUESTION, "--text", "Compare")):

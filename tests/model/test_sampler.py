@@ -230,7 +230,7 @@ def test_defaults_and_names_are_upstreams():
     ],
 )
 def test_values_outside_the_domain_are_refused(name, value):
-    with pytest.raises(ParameterError, match=name.split("_", 1)[1].removesuffix("_size")):
+    with pytest.raises(ParameterError, match=name):
         Sampling.from_arguments({name: value})
 
 

@@ -235,7 +235,7 @@ async def test_a_stage_with_other_partitions_than_the_others_does_not_start(tmp_
     service = StageService(lambda _: FakeDetokenizer(), DETOKENIZER, Settings(redis_url=valkey_url))
     async with living(service, tmp_path) as (task, _, _):
         with pytest.raises(SettingsError, match="used with 16 partitions, not with 1"):
-            await task
+            await asyncio.wait_for(task, 10)
     await wire.aclose()
 
 

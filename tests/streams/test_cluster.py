@@ -1,6 +1,7 @@
 """A cluster of three primaries, one of which has a replica. The service on it: `tests/orchestrator/test_cluster.py`."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +67,14 @@ async def submitted(wire, p):
     opened = await Journal(wire).open_turn(turn, "me")
     await Journal(wire).submit(turn, opened.token)
     return turn
+
+
+async def test_the_number_of_partitions_is_agreed_on(wire, cluster):
+    await wire.agree()
+    other = await Wire.connect(cluster.url, options=replace(OPTIONS, partitions=OPTIONS.partitions + 1))
+    with pytest.raises(SettingsError, match=f"used with {OPTIONS.partitions} partitions"):
+        await other.agree()
+    await other.aclose()
 
 
 async def test_partitions_lie_on_all_nodes_and_one_worker_serves_them(cluster, wire):

@@ -9,7 +9,7 @@ from kimia.errors import CapacityError, SettingsError
 from kimia.stage import DETOKENIZER, LLM, STAGES, TOKENIZER
 from kimia.streams import keys
 from kimia.streams.ledger import NO_WORKER_RETRY, RELEASE_WINDOW, SHORTEST_RETRY, Ledger, StageUsage, WorkerRows
-from kimia.streams.wire import Wire, WireOptions
+from kimia.streams.wire import PARTITIONS, Wire, WireOptions
 
 pytestmark = pytest.mark.unit
 
@@ -113,6 +113,13 @@ async def test_the_names_of_silent_workers_do_not_pile_up(ledger, brief):
     await until(ended)
     await ledger.announce(LLM, "a", 1, 0)
     assert await ledger._wire.journal.hkeys("{ledger}:workers:llm") == [b"a"]
+
+
+async def test_workers_say_again_how_many_partitions_a_journal_had_that_has_lost_all(ledger):
+    await ledger._wire.agree()
+    await ledger._wire.journal.flushall()
+    await ledger.announce(LLM, "a", 1, 0)
+    assert int(await ledger._wire.journal.get(PARTITIONS)) == ledger._wire.options.partitions
 
 
 async def test_sessions_are_admitted_up_to_the_rows_of_every_stage(ledger):
@@ -312,7 +319,8 @@ async def test_everything_but_the_workers_expires(ledger):
     client = ledger._wire.journal
     for key in await client.keys("*"):
         assert key.startswith(b"{ledger}:")
-        assert (b":workers:" in key) == (await client.pttl(key) == -1)
+        lasting = b":workers:" in key or key.endswith(b":partitions")
+        assert lasting == (await client.pttl(key) == -1)
 
 
 async def test_what_one_holder_gives_back_stays_with_the_others(ledger):

@@ -9,9 +9,9 @@ import torch
 from kimia.errors import ParameterError
 from kimia.model.checkpoint import open_checkpoint
 from training.config import write_configs
-from training.corpus import GROUPS
+from training.corpus import GROUPS, LIST
 from training.encoders import EncoderTraining, write_encoder
-from training.evaluate import BEGIN, END, NO_CARD, Subject, measure, named_events, put_into, table
+from training.evaluate import BEGIN, CARD, END, NO_CARD, Subject, measure, named_events, put_into, record_of, table
 from training.options import UNFINISHED
 from training.scores import Row
 from training.smoke import tones
@@ -97,6 +97,23 @@ def test_what_was_measured_is_kept_and_goes_on(tmp_path):
     ]  # fmt: skip
     assert measure(measured.sections(), record) == rows
     assert len(measured.count) == 3
+
+
+def test_figures_are_kept_for_one_checkpoint_one_list_and_one_number_of_items(tmp_path):
+    root, corpus = tmp_path / "checkpoint", tmp_path / "corpus"
+    for folder in (root / "training", corpus):
+        folder.mkdir(parents=True)
+    files = [root / "config.json", root / "training" / "heads.safetensors", corpus / LIST]
+    for path in files:
+        path.write_text("one")
+    first = record_of(root, corpus, 200, 100)
+    (root / CARD).write_text("a card that was written")
+    assert record_of(root, corpus, 200, 100) == first
+    others = {first, record_of(root, corpus, 200, 50)}
+    for path in files:
+        path.write_text("two")
+        others.add(record_of(root, corpus, 200, 100))
+    assert len(others) == 5
 
 
 def test_a_slice_ends_between_two_measures(tmp_path, capsys):

@@ -136,6 +136,14 @@ def test_averaged_weights_of_no_run_are_refused(tmp_path):
         averaged_weights(tmp_path, line())
 
 
+@pytest.mark.parametrize(("amx", "avx512", "fast"), [(True, False, True), (False, True, True), (False, False, False)])
+def test_products_are_fast_where_the_processor_has_them(monkeypatch, amx, avx512, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    with fast_products(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is (torch.bfloat16 if fast else torch.float32)
+
+
 def test_fast_products_leave_attention_in_float32(monkeypatch):
     monkeypatch.setattr("training.loop.multiplies_bfloat16", lambda: True)
     q = torch.randn(1, 2, 8, 16, requires_grad=True)

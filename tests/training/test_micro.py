@@ -7,11 +7,14 @@ import threading
 from argparse import ArgumentParser
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from training import micro
 from training.micro import RESERVE, rebuild, stages
 from training.options import UNFINISHED
+from training.progress import LINE
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +43,8 @@ class Machine:
 @pytest.fixture
 def folder(tmp_path):
     for stage in stages(tmp_path):
-        stage.finished.parent.mkdir(parents=True, exist_ok=True)
+        if stage.finished:
+            stage.finished.parent.mkdir(parents=True, exist_ok=True)
     return tmp_path
 
 
@@ -54,9 +58,9 @@ def test_slices_go_on_until_all_is_done(folder, capsys):
     machine = Machine(long=("states", "vocoder", "flow"))
     codes = [rebuild(folder, 480.0, machine) for _ in range(4)]
     assert codes == [0, 0, 0, 0]  # the last has nothing left to do
-    assert machine.ran[:2] == ["corpus", "states"]
     assert order(machine)
-    assert Counter(machine.ran) == Counter([stage.name for stage in stages(folder)] + ["states", "vocoder", "flow"])
+    again = ["states", "vocoder", "flow", "evaluate"]  # the last one knows itself that nothing is left
+    assert Counter(machine.ran) == Counter([stage.name for stage in stages(folder)] + again)
     assert all(0 < left <= 480 - RESERVE for left in machine.left)
     said = capsys.readouterr().out.splitlines()
     assert {line.partition(";")[0] for line in said[:2]} == {
@@ -79,6 +83,36 @@ def test_the_vocoder_trains_beside_all_that_the_flow_model_waits_for(folder):
     assert machine.begun.is_set()
     assert order(machine)
     assert set(machine.lanes) == {0, 1}
+
+
+def test_the_longest_way_begins_first(folder):
+    """The language model has lessons before it and takes longest: behind the flow model a core would wait for it."""
+    machine = Machine(slow="vocoder", until="language_model")
+    assert rebuild(folder, 480.0, machine) == 0
+    assert machine.ran.index("language_model") < machine.ran.index("flow")
+
+
+def test_new_weights_are_measured_anew(folder):
+    assert rebuild(folder, 480.0, Machine()) == 0
+    (folder / "flow" / "finished").unlink()
+    machine = Machine()
+    assert rebuild(folder, 480.0, machine) == 0
+    assert machine.ran == ["flow", "evaluate"]
+
+
+def test_a_stage_that_could_not_be_started_is_told(folder):
+    def no_room(name, arguments, lane):
+        raise OSError("no room for another process")
+
+    with pytest.raises(OSError, match="no room"):
+        rebuild(folder, 480.0, no_room)
+
+
+def test_a_stage_draws_its_progress_on_a_line_of_its_own(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("subprocess.run", lambda command, env, **_: seen.update(env) or SimpleNamespace(returncode=7))
+    assert micro._run("flow", ("--steps", 3), 1) == 7
+    assert seen[LINE] == "1"
 
 
 def test_a_slice_too_short_for_anything_starts_nothing(folder, capsys):

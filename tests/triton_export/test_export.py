@@ -56,7 +56,7 @@ def test_what_is_there_is_never_touched(tiny, tmp_path) -> None:
 
 def test_a_file_is_no_place_for_a_repository(tiny, tmp_path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ParameterError, match=r"file: no model repository can be written there \(Not a directory\)"):
+    with pytest.raises(CheckpointError, match=r"kimia_vq: cannot be written"):
         export(open_checkpoint(tiny), tmp_path / "file", CPU, torch.float32, Batching())
 
 

@@ -1,6 +1,6 @@
 -- A worker says how many rows it has; or, with a life of 0, that it has none any more.
--- KEYS workers hash of the stage
--- ARGV worker, rows, used, life in milliseconds
+-- KEYS workers hash of the stage, [number of partitions]
+-- ARGV worker, rows, used, life in milliseconds, [partitions: said again where the journal has lost them]
 -- answer: nothing; or a live worker with another mark, which is what stands behind a + in a name: then nothing is counted
 local worker, life = ARGV[1], tonumber(ARGV[4])
 local time = redis.call('TIME')
@@ -15,6 +15,7 @@ for i = 1, #found, 2 do
   end
 end
 if life > 0 then
+  redis.call('SET', KEYS[2], ARGV[5], 'NX')
   redis.call('HSET', KEYS[1], worker, string.format('%d %d %d', ARGV[2], ARGV[3], now + life))
 else
   redis.call('HDEL', KEYS[1], worker)
