@@ -482,6 +482,7 @@ def test_after_all_that_nothing_is_left(channel: grpc.Channel, store: redis.Redi
         "{0}:blob",
         "{ledger}:workers",
         "{ledger}:released",
+        "{ledger}:partitions",
     }
     for_ever = {key.decode() for key in store.scan_iter("*") if store.ttl(key) == -1}
     assert {key for key in for_ever if not key.startswith(("{0}:jobs:", "{0}:token:", "{ledger}:"))} == set()

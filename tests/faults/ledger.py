@@ -16,6 +16,7 @@ from kimia.errors import CapacityError
 from kimia.stage import STAGES, StageKind
 from kimia.streams import keys
 from kimia.streams.ledger import NO_WORKER_RETRY, RELEASE_WINDOW, SHORTEST_RETRY, Ledger, StageUsage, WorkerRows
+from kimia.streams.wire import PARTITIONS
 from tests.faults.ground import HOUR, Ground, View
 from tests.faults.truth import demand
 
@@ -149,5 +150,6 @@ class Admission(RuleBasedStateMachine):
             demand(usage[name] == wanted, name, "is used as", usage[name], "and not", wanted)
         view = self.ground.look()
         for name, key in view.items():
-            demand(":workers:" in name or 0 <= key.ttl <= HOUR * 1000, name, "lives for", key.ttl, "ms")
+            lasting = name == PARTITIONS or ":workers:" in name
+            demand(lasting or 0 <= key.ttl <= HOUR * 1000, name, "lives for", key.ttl, "ms")
         self.past.append((view, copy.deepcopy(self.books)))
