@@ -90,9 +90,8 @@ class Speaking:
         if (clip, offset) not in self._kept:
             heard = soxr.resample(samples, SPEECH_RATE, HEARING_RATE, quality="HQ")
             self._kept[clip, offset] = self.tokenizer.encode([heard])[0]
-        return Spoken(
-            self._kept[clip, offset].clone(), mel, wave
-        )  # a tensor that is sent keeps a file open while it lives
+        # A copy: a tensor that another process sends keeps a file open for as long as it lives
+        return Spoken(self._kept[clip, offset].clone(), mel, wave)
 
     def _offset(self, rng: random.Random) -> int:
         places = PLACES if self.tokenizer is not None else TOKEN_SAMPLES

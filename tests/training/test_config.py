@@ -1,5 +1,7 @@
 """The micro checkpoint's configs: read as those of any checkpoint, below 40 MB, the release's constants kept."""
 
+import os
+
 import pytest
 
 from kimia.model.encode import AudioEncoder
@@ -36,3 +38,11 @@ def test_the_folder_has_the_release_s_names(tmp_path):
     assert (checkpoint.vq_tokenizer / "config.json").is_file()
     assert (checkpoint.flow / "config.yaml").is_file()
     assert (checkpoint.vocoder / "config.json").is_file()
+
+
+def test_configs_are_replaced_whole(tmp_path):
+    """Two stages may end at once, and one may read what the other writes."""
+    path = write_configs(tmp_path).root / "config.json"
+    with path.open(encoding="utf-8") as read_meanwhile:
+        write_configs(tmp_path)
+        assert path.stat().st_ino != os.fstat(read_meanwhile.fileno()).st_ino
