@@ -21,7 +21,7 @@ Call: TypeAlias = tuple[Sequence[str], Sequence[Argument]]  # keys, arguments
 
 PARTITIONS = keys.ledger("partitions")  # string: how many the journal is used with
 
-# Scripts that end or free something, say that it lives, or let a process start: they run also when the server's memory is full.
+# Scripts that end or free something, say that it lives, or let a process start: they run also with a full memory.
 FREEING = frozenset({"delete", "drop", "finish", "heartbeat", "leave", "ledger_partitions", "ledger_renew", "release"})
 
 
